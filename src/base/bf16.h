@@ -1,0 +1,27 @@
+/* bf16.h: brain float <-> fp32, bit operations only, equal on every machine.
+ *
+ * bf16 is the upper half of an fp32. Rounding is to nearest, ties to even; NaN stays NaN.
+ */
+#ifndef SFUMATO_BASE_BF16_H
+#define SFUMATO_BASE_BF16_H
+
+#include <stdint.h>
+#include <string.h>
+
+typedef uint16_t bf16;
+
+static inline float bf16_to_float(bf16 x) {
+    const uint32_t bits = (uint32_t)x << 16;
+    float out;
+    memcpy(&out, &bits, sizeof out);
+    return out;
+}
+
+static inline bf16 bf16_from_float(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    if ((bits & 0x7fffffffu) > 0x7f800000u) return (bf16)(bits >> 16 | 0x40u); /* quiet NaN */
+    return (bf16)((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
+}
+
+#endif

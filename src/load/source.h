@@ -1,0 +1,60 @@
+/* source.h: one way to read tensors, wherever they come from.
+ *
+ *   safetensors folder ─┐
+ *   one GGUF file      ─┼─► source ─► rows of fp32, under Hugging Face's canonical tensor names
+ *   synthetic weights  ─┘
+ *
+ * A source is a const table of functions plus its own state; the instance is last in its file
+ * (safetensors.c, gguf.c, synthetic.c). Files are mapped, every header field is checked before use,
+ * and a rank touches only the pages of the rows it asks for. Names are always the Hugging Face ones
+ * ("model.layers.3.mlp.up_proj.weight", "model.embed_tokens.weight", "lm_head.weight"); the GGUF source
+ * translates, and un-permutes the q and k rows of llama files, so callers see one convention.
+ * Threads: reads may run on several threads at once; open and close on one.
+ */
+#ifndef SFUMATO_LOAD_SOURCE_H
+#define SFUMATO_LOAD_SOURCE_H
+
+#include <stdbool.h>
+#include <stdint.h>
+
+#include "base/check.h"
+#include "load/config.h"
+
+typedef struct source source;
+
+/* Shape of a tensor as Hugging Face writes it: [rows, cols]; a vector is [1, cols]. */
+struct source_tensor {
+    int64_t rows, cols;
+    const char *dtype_name; /* "BF16", "Q4_1", for messages and `inspect` */
+    int64_t file_bytes;     /* bytes it takes in the file */
+};
+
+struct source_ops {
+    const char *kind; /* "safetensors", "gguf", "synthetic" */
+    /* False when there is no such tensor; errors are for unusable ones. */
+    bool (*find)(const source *s, const char *name, struct source_tensor *out);
+    /* dst[row_count][col_count] fp32 = rows [row_begin, +row_count), columns [col_begin, +col_count),
+     * dequantised. The range must lie inside the tensor (ASSERT). STATUS_MODEL when unreadable. */
+    enum status (*read)(source *s, const char *name, int64_t row_begin, int64_t row_count,
+                        int64_t col_begin, int64_t col_count, float *dst);
+    void (*close)(source *s);
+};
+
+/* First member of every source implementation. */
+struct source {
+    const struct source_ops *ops;
+    struct model_config config;
+    char path[1024];     /* for messages */
+    int64_t total_bytes; /* of all tensors, for progress */
+};
+
+/* A Hugging Face folder or one .gguf file, told apart by what is there. */
+enum status source_open(const char *path, source **out);
+enum status safetensors_open(const char *folder, source **out);
+enum status gguf_open(const char *file, source **out);
+/* Weights made from a hash of (seed, tensor name, row, column); same values for every rank and
+ * platform. scale: standard deviation of a row's dot product is about `scale`. */
+enum status synthetic_open(const struct model_config *config, uint64_t seed, source **out);
+void source_close(source *s);
+
+#endif
