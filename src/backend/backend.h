@@ -43,6 +43,7 @@ struct matrix_spec {
     enum matrix_kind kind;
     enum backend_dtype dtype;
     int64_t rows, cols;          /* N (for GATE_UP: F) and K, local */
+    bool lookup_only;            /* read by embed_mix alone: not part of a step's read floor */
     int slab_count;              /* ROW only */
     const int64_t *slab_begin;   /* ROW only: [slab_count + 1] column borders, local; may be empty slabs */
 };
@@ -129,6 +130,8 @@ struct backend {
 
 /* The highest numeric class this machine could use under `config` (for comm_agree_min). */
 enum backend_numerics cpu_numerics(const struct backend_config *config);
+/* Bytes matrix_new takes for this shape (panels padded). */
+int64_t cpu_matrix_bytes(const struct matrix_spec *spec);
 enum status cpu_open(const struct backend_config *config, backend **out);
 const char *backend_isa_name(enum backend_isa isa);
 const char *backend_numerics_name(enum backend_numerics n);

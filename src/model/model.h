@@ -1,8 +1,8 @@
 /* model.h: a loaded model on one rank: weights in the backend, and the forward pass of a step.
  *
- * Owns the rank's packed weights, its KV cache, the activations and logits buffers. Refuses to know:
- * requests, sampling, text. model_step is the whole forward pass (dense.c), readable from top to bottom; the
- * comm_ calls in it are the only places where ranks meet. Thread: engine.
+ * Owns the rank's packed weights, its KV cache, the activations and logits buffers. Refuses to
+ * know: requests, sampling, text. model_step is the whole forward pass (dense.c), readable from top
+ * to bottom; the comm_ calls in it are the only places where ranks meet. Thread: engine.
  */
 #ifndef SFUMATO_MODEL_MODEL_H
 #define SFUMATO_MODEL_MODEL_H
@@ -20,25 +20,25 @@ typedef struct model model;
 
 struct model_options {
     enum backend_dtype weight_dtype, kv_dtype;
-    int slabs;              /* S */
-    int rows_max;           /* T of a step */
-    int logit_rows_max;     /* rows with logits in a step */
-    int max_positions;      /* longest sequence: RoPE tables */
-    int vocab_count;        /* ids the tokenizer knows (<= vocab_rows) */
+    int slabs;          /* S */
+    int rows_max;       /* T of a step */
+    int logit_rows_max; /* rows with logits in a step */
+    int max_positions;  /* longest sequence: RoPE tables */
+    int vocab_count;    /* ids the tokenizer knows (<= vocab_rows) */
 };
 
 /* Bytes one rank needs, before anything is taken (also `inspect`). */
 struct model_need {
-    int64_t weight_bytes;      /* packed, this rank */
+    int64_t weight_bytes; /* packed, this rank */
     int64_t kv_bytes_per_page;
-    int64_t scratch_bytes;     /* activations, logits, RoPE tables, communication slots */
+    int64_t scratch_bytes; /* activations, logits, RoPE tables, communication slots */
 };
-enum status model_need(const struct model_config *config, const struct model_options *options, int ranks,
-                       int rank, struct model_need *out);
+enum status model_need(const struct model_config *config, const struct model_options *options,
+                       int ranks, int rank, struct model_need *out);
 
 /* Loads this rank's shard. progress(user, done, total bytes) is called now and then on the calling
- * thread; NULL = silent. Not collective: bring the status to comm_agree afterwards. comm_setup must have
- * been called with slot_floats >= rows_max * hidden before the first step. */
+ * thread; NULL = silent. Not collective: bring the status to comm_agree afterwards. comm_setup must
+ * have been called with slot_floats >= rows_max * hidden before the first step. */
 enum status model_open(source *src, const struct model_options *options, backend *be, comm *c,
                        void (*progress)(void *user, int64_t done, int64_t total), void *user,
                        model **out);
@@ -51,7 +51,8 @@ enum status model_kv_new(model *m, int32_t page_count);
  * Collective. Logits stay for model_fetch until the next step. */
 void model_step(model *m, const struct batch *batch, void *records);
 
-/* The slow path: this rank's z' of the last step's probe, [vocab count of the rank] fp32 to `out`. */
+/* The slow path: this rank's z' of the last step's probe, [vocab count of the rank] fp32 to `out`.
+ */
 void model_fetch(model *m, const struct batch *batch, int probe, float *out);
 
 const struct model_config *model_get_config(const model *m);

@@ -1,0 +1,73 @@
+/* dense.c: the forward pass of a dense decoder (Llama, Mistral, Qwen2, Qwen3), from top to bottom.
+ *
+ * Every rank runs this on its own heads, ffn columns and vocabulary rows. The comm_ calls are all
+ * the places where ranks meet: one all-reduce for the concept embeddings, two per layer. What
+ * differs between the families (QKV bias, QK norm, RoPE scaling) is data in attention_spec, not
+ * code here.
+ *
+ *   concept tokens ─ embed_mix ─ all_reduce ─► x            x: residual [T,D], fp32
+ *   per layer:  h = norm(x);  q,k,v = qkv(h);  x += all_reduce(o · attention(q))
+ *               h = norm(x);                   x += all_reduce(down · silu(gate h) (up h))
+ *   chosen rows: h = norm(x);  z = lm_head h;  records = statistics and candidates of this rank
+ *
+ * Thread: engine. Memory: none is taken.
+ */
+#include <time.h>
+
+#include "model/model_parts.h"
+
+static double seconds_now(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
+void model_step(model *m, const struct batch *batch, void *records) {
+    const double start = seconds_now();
+    backend *be = m->be;
+    const struct backend_ops *ops = be->ops;
+    const enum backend_dtype dtype = m->options.weight_dtype;
+    const int T = batch->row_count, D = m->config.hidden, slabs = m->shard.slab_count;
+    const int logit_rows = batch->logit_row_count;
+    const size_t all = (size_t)T * (size_t)D;
+    const float eps = m->config.norm_eps;
+    ASSERT_LE(T, m->options.rows_max);
+    ASSERT_LE(logit_rows, m->options.logit_rows_max);
+
+    ops->embed_mix(be, batch, m->embed, slabs, m->shard.vocab_begin, comm_slot(m->c));
+    comm_all_reduce(m->c, all, m->sum);
+    ops->add_norm(be, T, D, true, m->config.embed_scale, m->sum, m->x, m->layers[0].attention_norm,
+                  eps, dtype, m->h);
+
+    for (int l = 0; l < m->config.layers; l++) {
+        const struct model_layer *layer = &m->layers[l];
+
+        ops->qkv(be, batch, &layer->attention, m->h, m->q);
+        ops->attention(be, batch, &layer->attention, m->q, dtype, m->o);
+        ops->row_matmul(be, T, layer->o, m->o, comm_slot(m->c));
+        comm_all_reduce(m->c, all, m->sum);
+        ops->add_norm(be, T, D, false, 1.0f, m->sum, m->x, layer->ffn_norm, eps, dtype, m->h);
+
+        ops->gate_up(be, T, layer->gate_up, m->h, m->act);
+        ops->row_matmul(be, T, layer->down, m->act, comm_slot(m->c));
+        comm_all_reduce(m->c, all, m->sum);
+        if (l + 1 < m->config.layers) {
+            ops->add_norm(be, T, D, false, 1.0f, m->sum, m->x, m->layers[l + 1].attention_norm, eps,
+                          dtype, m->h);
+        }
+    }
+
+    if (logit_rows > 0) {
+        ops->add_norm_rows(be, batch->logit_rows, logit_rows, D, m->sum, m->x, m->final_norm, eps,
+                           dtype, m->h_last);
+        ops->logits(be, logit_rows, m->lm_head, m->h_last, m->logits);
+        ops->candidates(be, batch, m->logits, slabs, m->shard.vocab_begin, m->options.vocab_count,
+                        records);
+    }
+    m->forward_seconds += seconds_now() - start;
+}
+
+void model_fetch(model *m, const struct batch *batch, int probe, float *out) {
+    m->be->ops->probe_logits(m->be, batch, probe, m->logits, m->shard.slab_count,
+                             m->shard.vocab_begin, m->options.vocab_count, out);
+}
