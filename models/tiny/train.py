@@ -18,11 +18,11 @@ truly uncertain at many places and certain at others, which is what Soft Thinkin
 concept tokens with several entries, entropies from 0 to 2 nats, and a confident recap at the end, where
 cold stop can fire.
 
-Wordings are aligned.  A slot such as [adding|getting|finding] is filled at random, and every filling has
-the same number of tokens.  A mixture of two wordings therefore never gets out of step with itself.
-check_alignment() proves it with the trained tokenizer.  Choices that do change the length (another order
-of the steps, no recap) are rare, so that they are filtered out before the mixture but still happen when
-one samples.
+Wordings are aligned.  A slot such as [adding|getting|finding] is filled at random, the first word being the
+most likely, and every filling has the same number of tokens.  A mixture of two wordings therefore never
+gets out of step with itself.  check_alignment() tests it with the trained tokenizer.  Choices that do
+change the length (another order of the steps, no recap) are rare, so that they are filtered out before the
+mixture but still happen when one samples.
 
 Three sets of problems, apart by their equations.  A problem's key is its set of equations, whatever the
 words.  Development and test problems have different keys, and no problem with any of these keys is ever
@@ -113,13 +113,13 @@ def share_out(p, last, value, things, *otherwise):
     if p.rng.random() < 0.5:
         p.say(f"All {things} are shared equally among {d} friends.",
               f"Then {d} friends share all {things} equally.")
-        _, value = p.step(value, "/", d, f"[sharing|splitting|dividing] among {d} friends [gives|makes|means]",
+        _, value = p.step(value, "/", d, f"[with|for|among] {d} friends each [gets|has|owns]",
                           [last])
         return p.ask(value, f"Each friend gets # {things}.", f"How many {things} does each friend get?",
                      f"How many {things} for each friend?")
     boxes = p.rng.choice(BOXES)
     p.say(f"All {things} are packed in {boxes} of {d}.", f"Then all {things} go into {boxes} with {d} in each.")
-    _, value = p.step(value, "/", d, f"[filling|putting|making] {boxes} of {d} [gives|makes|means]", [last])
+    _, value = p.step(value, "/", d, f"[with|having|taking] {d} in each [gives|makes|means]", [last])
     return p.ask(value, f"There are # {boxes}.", f"How many {boxes} are there?", f"How many {boxes} are needed?")
 
 
@@ -137,7 +137,7 @@ def gains_and_losses(p, things, who, value, count):
             wording = f"[losing|selling|dropping] {b} {things} [gives|means|leaves]"
         else:
             p.say(f"Now {who} makes it {b} times as many.", f"Then {who} has {b} times as many {things}.")
-            wording = f"[taking|making|having] {b} times [gives|makes|means]"
+            wording = f"[taking|having|with] {b} times [gives|makes|means]"
         last, value = p.step(value, op, b, wording, [last])
     return last, value
 
@@ -213,23 +213,33 @@ def groups_problem(p):
 
 def compare_problem(p):
     names, things, start = p.rng.sample(NAMES, 3), p.rng.choice(THINGS), p.rng.randint(2, 20)
-    first, second, third = names
-    value, made_by = {first: start}, {first: None}
-    sentences = [p.rng.choice([f"{first} has {start} {things}.", f"{first} owns {start} {things}."])]
-    for who in (second, third):
-        other, op = p.rng.choice(list(value)), p.rng.choice("+-*")
-        b = p.rng.randint(2, {"+": max(2, LIMIT - value[other]), "-": max(2, value[other] - 1), "*": 4}[op])
-        relation = {"+": f"{b} more {things} than", "-": f"{b} fewer {things} than",
-                    "*": f"{b} times as many {things} as"}[op]
-        sentences.append(f"{who} has {relation} {other}.")
-        made_by[who], value[who] = p.step(value[other], op, b, f"{who} [has|owns|gets]", [made_by[other]])
-    p.rng.shuffle(sentences)
-    p.sentences += sentences
+    relations, sentences = [], []  # who has b more than (+), fewer than (-), times as many as (*) other
+    for n, who in enumerate(names):
+        if n == 0:
+            sentences.append(p.rng.choice([f"{who} has {start} {things}.", f"{who} owns {start} {things}."]))
+            continue
+        other, op = p.rng.choice(names[:n]), p.rng.choice("+-*")
+        b = p.rng.randint(2, {"+": 20, "-": 15, "*": 4}[op])
+        compared = {"+": f"more {things} than", "-": f"fewer {things} than", "*": f"times as many {things} as"}[op]
+        relations.append((who, other, op, b))
+        sentences.append(f"{who} has {b} {compared} {other}.")
+    shuffled = p.rng.sample(range(3), 3)
+    p.sentences += [sentences[n] for n in shuffled]
+
+    # Work through them in the order of the text, as far as what they refer to is known.
+    value, made_by = {names[0]: start}, {names[0]: None}
+    left = [relations[n - 1] for n in shuffled if n]
+    while left:
+        who, other, op, b = next(r for r in left if r[1] in value)
+        left.remove((who, other, op, b))
+        compared = {"+": "more than", "-": "fewer than", "*": "times those of"}[op]
+        made_by[who], value[who] = p.step(value[other], op, b,
+                                          f"{who} [has|owns|gets] {b} {compared} {other}, [so|thus|hence]", [made_by[other]])
+    first, second, third = value
     if p.rng.random() < 0.35 and p.steps[1].needs:  # a chain: ask for its end
         return p.ask(value[third], f"{third} has # {things}.", f"How many {things} does {third} have?")
     last, total = p.step(value[first], "+", value[second], f"{first} and {second} [have|own|get]", [made_by[second]])
-    _, total = p.step(total, "+", value[third], "[everything|all|both] together [gives|makes|is]",
-                      [made_by[third], last])
+    _, total = p.step(total, "+", value[third], f"with {third} they [have|own|get]", [made_by[third], last])
     return p.ask(total, f"They have # {things}.", f"How many {things} do they have in total?",
                  f"How many {things} do all three have?")
 
@@ -270,11 +280,13 @@ def drill_problem(p):
 
 
 FAMILIES = [chain_problem, two_people_problem, shop_problem, groups_problem, compare_problem, rate_problem]
+HARD = [compare_problem]  # seen more often in training
 
 
-def make_problem(rng, drill_share=0.0):
+def make_problem(rng, families=FAMILIES, drill_share=0.0):
+    """A problem of a random family; each family as often as any other, however often its numbers do not fit."""
+    family = drill_problem if rng.random() < drill_share else rng.choice(families)
     while True:
-        family = drill_problem if rng.random() < drill_share else rng.choice(FAMILIES)
         try:
             problem = family(Problem(rng))
         except Reject:
@@ -303,15 +315,22 @@ FINAL = ". [So|Thus|Hence|Therefore], the [answer|result|number] [is|equals|beco
 RECAP = " [Checking|Verifying|Testing]: "
 DONE = ". [Yes|Good|Right|Fine], #."
 
-USUAL = 0.95  # how often the choices that change a trace's length or order go the usual way
+USUAL = 0.95    # how often the choices that change a trace's length or order go the usual way
+FALL_OFF = 0.6  # each alternative of a slot is so much as likely as the one before it
 
 
-def fill(template, rng):
-    """Replace every [a|b|c] by one of its alternatives."""
-    return re.sub(r"\[([^\]]*\|[^\]]*)\]", lambda slot: rng.choice(slot[1].split("|")), template)
+def fill(template, rng, fall_off):
+    """Replace every [a|b|c] by one of its alternatives.
+
+    The first is the most likely, so that the largest entry of a concept token does not hang on rounding errors.
+    """
+    def choose(slot):
+        alternatives = slot[1].split("|")
+        return rng.choices(alternatives, [fall_off ** n for n in range(len(alternatives))])[0]
+    return re.sub(r"\[([^\]]*\|[^\]]*)\]", choose, template)
 
 
-def make_thinking(problem, plan_rng, word_rng):
+def make_thinking(problem, plan_rng, word_rng, fall_off=FALL_OFF):
     """-> (work, tail).  The work ends with the last equation; thinking may be cut anywhere in the tail.
 
     `plan_rng` decides order and recap, `word_rng` fills the slots: two calls with equal plans and
@@ -332,7 +351,7 @@ def make_thinking(problem, plan_rng, word_rng):
     if plan_rng.random() < USUAL:
         tail += RECAP + ", ".join(equations[i] for i in order) + DONE
     tail = tail.replace("#", str(problem.answer)) + "\n"
-    return fill(work, word_rng), fill(tail, word_rng)
+    return fill(work, word_rng, fall_off), fill(tail, word_rng, fall_off)
 
 
 # ---------------------------------------------------------------------------------------- 3. tokenizer
@@ -351,7 +370,7 @@ MAX_POSITIONS = 1024
 def training_problems(rng, banned, drill_share):
     """Endless problems whose keys are not banned; drill_share() is asked anew for each."""
     while True:
-        problem = make_problem(rng, drill_share())
+        problem = make_problem(rng, FAMILIES + HARD, drill_share())
         if problem.key not in banned:
             yield problem
 
@@ -363,7 +382,7 @@ def train_tokenizer(seed, vocab_size, banned, out):
         rng = random.Random(seed)
         for problem in itertools.islice(training_problems(rng, banned, lambda: 0.1), 8000):
             yield problem.question
-            yield "".join(make_thinking(problem, rng, rng))
+            yield "".join(make_thinking(problem, rng, rng, fall_off=1))  # rare words must become tokens too
             yield problem.answer_text
 
     tok = Tokenizer(models.BPE())

@@ -98,7 +98,8 @@ def random_mixture(rng, vocab, width):
 def logit_cases(m, problems):
     """(name, elements, positions to report)"""
     text = m.prompt(problems[0]["question"]) + m.tok("Okay, I will think slowly. First, adding 5 pens gives 12+5=17.", add_special_tokens=False).input_ids
-    text = (text + m.prompt(problems[1]["question"]))[:130]
+    text = (text + m.prompt(problems[1]["question"]) + m.prompt(problems[2]["question"]))[:130]
+    assert len(text) == 130
     rng = np.random.default_rng(11)
     for length in (1, 5, 40, 63, 64, 65):
         yield f"ids_{length}", text[:length], sorted({0, length // 2, max(0, length - 2), length - 1})
