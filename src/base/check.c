@@ -82,8 +82,8 @@ const char *fail_text(void) { return last.text; }
 
 void check_on_bug(void (*hook)(int exit_code)) { bug_hook = hook; }
 
-_Noreturn void check_bug(const char *file, int line, const char *what, bool has_operands,
-                         long long a, long long b) {
+void check_bug(const char *file, int line, const char *what, bool has_operands, long long a,
+               long long b) {
     char text[512];
     int n = has_operands ? snprintf(text, sizeof text,
                                     "sfumato: bug on rank %d: %s:%d: %s does not hold (%lld, %lld)\n",

@@ -98,8 +98,8 @@ enum status fail_prefix(enum status s, const char *format, ...)
 
 /* Prints the bug and ends the job: through the hook when one is set (comm sets it to MPI_Abort), else
  * by _exit(7). */
-_Noreturn void check_bug(const char *file, int line, const char *what, bool has_operands,
-                         long long a, long long b);
+void check_bug(const char *file, int line, const char *what, bool has_operands, long long a,
+               long long b) __attribute__((noreturn)); /* not _Noreturn: CUDA C++ reads this too */
 void check_on_bug(void (*hook)(int exit_code));
 
 #endif

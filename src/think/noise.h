@@ -1,0 +1,97 @@
+/* noise.h: the random variates of the noise policies, the same bits on host and device.
+ *
+ * Built on Philox words (rng.h) with the counter of soft-thinking.md §6 and on elementary functions
+ * of our own in double: fixed sequences of +, -, *, / and sqrt, which IEEE 754 rounds the same way
+ * everywhere (compile with -ffp-contract=off, CUDA with --fmad=false). Errors are near 1e-15.
+ * Gamma variates stay in logarithms: a tiny shape gives values like e^-100000, and only ratios
+ * count, so nothing underflows before the weights are formed.
+ */
+#ifndef SFUMATO_THINK_NOISE_H
+#define SFUMATO_THINK_NOISE_H
+
+#include "base/fmath.h"
+#include "base/rng.h"
+
+/* Who draws: everything of the counter but purpose, slot and attempt. */
+struct noise_source {
+    uint64_t seed;
+    uint32_t step, choice;
+};
+
+/* As rng_draw; the bits of a slot past 65,535 (a Dirichlet over a whole vocabulary) go into the
+ * purpose word, because above slot 16 bits the last word holds the attempt. */
+static inline SFUMATO_DEVICE rng_block noise_draw(const struct noise_source *n,
+                                                  enum rng_purpose purpose, uint32_t slot,
+                                                  uint32_t attempt) {
+    rng_block counter;
+    counter.word[0] = n->step;
+    counter.word[1] = n->choice;
+    counter.word[2] = (uint32_t)purpose | slot >> 16 << 8;
+    counter.word[3] = (slot & 0xffffu) | attempt << 16;
+    return rng_philox(counter, (uint32_t)n->seed, (uint32_t)(n->seed >> 32));
+}
+
+/* ln x of a normal double x > 0: as fmath_log with two more terms of the series and no last
+ * rounding. */
+static inline SFUMATO_DEVICE double noise_log(double x) {
+    uint64_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    int exponent = (int)(bits >> 52 & 0x7ff) - 1023;
+    bits = (bits & 0xfffffffffffffULL) | 0x3ff0000000000000ULL;
+    double m;
+    memcpy(&m, &bits, sizeof m); /* [1, 2) */
+    if (m > 1.4142135623730951) {
+        m *= 0.5;
+        exponent++;
+    }
+    const double s = (m - 1.0) / (m + 1.0), t = s * s; /* t <= 0.0295: t^11 / 23 < 2^-60 */
+    double sum = 1.0 / 21;
+    for (int odd = 19; odd >= 1; odd -= 2) sum = sum * t + 1.0 / odd;
+    return 2.0 * s * sum + exponent * 0.69314718055994530942;
+}
+
+/* cos(2 pi t), t in [0, 1]: folded to an eighth of a turn, then the Taylor series. */
+static inline SFUMATO_DEVICE double noise_cos_turns(double t) {
+    double sign = 1.0;
+    if (t > 0.5) t = 1.0 - t;
+    if (t > 0.25) {
+        t = 0.5 - t;
+        sign = -1.0;
+    }
+    const bool sine = t > 0.125; /* cos a = sin(pi/2 - a) */
+    const double a = 6.283185307179586477 * (sine ? 0.25 - t : t), a2 = a * a;
+    double sum = 1.0; /* 1 - a2/(k-1)k (1 - a2/(k-3)(k-2) (...)), |a| <= pi/4: a^18/18! < 2^-58 */
+    for (int k = sine ? 17 : 16; k >= 2; k -= 2) sum = 1.0 - a2 / ((k - 1.0) * k) * sum;
+    return sign * (sine ? a * sum : sum);
+}
+
+static inline SFUMATO_DEVICE double noise_gumbel(const struct noise_source *n, uint32_t slot) {
+    const double u = (double)rng_uniform(noise_draw(n, RNG_GUMBEL, slot, 0).word[0]);
+    return -noise_log(-noise_log(u));
+}
+
+/* ln of a Gamma(shape, 1) variate, shape > 0: Marsaglia and Tsang, "A simple method for generating
+ * gamma variables" (2000). Attempt t uses words 0, 1 for the normal (Box-Muller) and 2 for the
+ * accept test; word 3 of attempt 0 is the boost u^(1/shape) of a shape below 1. */
+static inline SFUMATO_DEVICE double noise_gamma_log(const struct noise_source *n, double shape,
+                                                    uint32_t slot) {
+    double boost = 0;
+    if (shape < 1.0) {
+        boost =
+            noise_log((double)rng_uniform(noise_draw(n, RNG_DIRICHLET, slot, 0).word[3])) / shape;
+        shape += 1.0;
+    }
+    const double d = shape - 1.0 / 3, c = 1.0 / sqrt(9.0 * d);
+    for (uint32_t attempt = 0; attempt < 65536; attempt++) {
+        const rng_block b = noise_draw(n, RNG_DIRICHLET, slot, attempt);
+        const double radius = sqrt(-2.0 * noise_log((double)rng_uniform(b.word[0])));
+        const double x = radius * noise_cos_turns((double)rng_uniform(b.word[1]));
+        const double root = 1.0 + c * x, v = root * root * root;
+        if (!(v > 0.0)) continue;
+        const double accept = 0.5 * x * x + d * (1.0 - v + noise_log(v));
+        if (accept > noise_log((double)rng_uniform(b.word[2]))) return noise_log(d * v) + boost;
+    }
+    return noise_log(d) + boost; /* each attempt is accepted with p > 0.95: never reached */
+}
+
+#endif
