@@ -1,13 +1,14 @@
 /* comm.h: everything ranks say to one another. The only place that includes mpi.h (comm_mpi.c).
  *
- *   comm_open ─► comm_agree … ─► comm_setup ─► { comm_bcast ─► n × comm_all_reduce ─► comm_gather }* ─► close
+ *   comm_open ─► comm_agree … ─► comm_setup ─► { comm_bcast ─► n × comm_all_reduce ─► comm_gather
+ * }* ─► close
  *
  * Sums are in the fixed slab tree over ranks: adjacent pairs, an odd one out moves up unchanged. An
- * absent operand is a slot full of -0.0f, the identity of IEEE addition (x + -0 = x for every x, -0 too),
- * so a sum needs no flags. Window and message paths give equal bits.
- * Thread: the engine thread only. Waits: spin ~50 us, then yield, then sleep on a futex in the shared
- * window (idle ranks use ~0 % of a core); ranks > cores: yield at once. All memory is taken in
- * comm_setup; nothing is allocated in a step.
+ * absent operand is a slot full of -0.0f, the identity of IEEE addition (x + -0 = x for every x, -0
+ * too), so a sum needs no flags. Window and message paths give equal bits. Thread: the engine
+ * thread only. Waits: spin ~50 us, then yield, then sleep on a futex in the shared window (idle
+ * ranks use ~0 % of a core); ranks > cores: yield at once. All memory is taken in comm_setup;
+ * nothing is allocated in a step.
  */
 #ifndef SFUMATO_COMM_COMM_H
 #define SFUMATO_COMM_COMM_H
@@ -20,18 +21,19 @@
 
 typedef struct comm comm;
 
+enum { COMM_EQUAL_BYTES_MAX = 1024 };
 enum comm_kind { COMM_AUTO, COMM_MPI, COMM_NCCL, COMM_FUSED };
 
 struct comm_config {
-    enum comm_kind kind;      /* COMM_MPI forces messages also within a host */
-    size_t slot_floats;       /* largest all-reduce, in floats: rows_max * D */
-    size_t bcast_bytes_max;   /* largest plan */
-    size_t gather_bytes_max;  /* largest contribution of one rank to a gather */
-    double timeout_seconds;   /* a wait longer than this aborts the job with code 6; 0 = never */
+    enum comm_kind kind;     /* COMM_MPI forces messages also within a host */
+    size_t slot_floats;      /* largest all-reduce, in floats: rows_max * D */
+    size_t bcast_bytes_max;  /* largest plan */
+    size_t gather_bytes_max; /* largest contribution of one rank to a gather */
+    double timeout_seconds;  /* a wait longer than this aborts the job with code 6; 0 = never */
 };
 
-/* Joins the job: MPI_Init_thread when started by mpirun (or a compatible launcher), else one rank without
- * MPI. Sets log_set_rank and check_on_bug. May rewrite argc/argv as MPI_Init does. */
+/* Joins the job: MPI_Init_thread when started by mpirun (or a compatible launcher), else one rank
+ * without MPI. Sets log_set_rank and check_on_bug. May rewrite argc/argv as MPI_Init does. */
 enum status comm_open(int *argc, char ***argv, comm **out);
 void comm_close(comm *c); /* MPI_Finalize; collective */
 
@@ -41,12 +43,13 @@ int comm_local_rank(const comm *c); /* among the ranks of this host */
 int comm_local_size(const comm *c);
 const char *comm_path_name(const comm *c); /* "self", "window", "mpi": for the log */
 
-/* Collective. Every rank brings its status; all leave with STATUS_OK only if all brought it. Else all
- * leave with the status and the text (fail_text, prefixed "rank N: " when N > 0) of the lowest failing
- * rank, so that rank 0 prints it once. Works before comm_setup. */
+/* Collective. Every rank brings its status; all leave with STATUS_OK only if all brought it. Else
+ * all leave with the status and the text (fail_text, prefixed "rank N: " when N > 0) of the lowest
+ * failing rank, so that rank 0 prints it once. Works before comm_setup. */
 enum status comm_agree(comm *c, enum status mine);
-/* Collective: all ranks must bring equal bytes (a digest of configuration, numeric class, build), else
- * STATUS_COMM naming `what` and the first rank that differs, with both values printed as hex. */
+/* Collective: all ranks must bring equal bytes (a digest of configuration, numeric class, build),
+ * else STATUS_COMM naming `what` and the first rank that differs, with both values printed as hex.
+ * n <= COMM_EQUAL_BYTES_MAX. */
 enum status comm_agree_equal(comm *c, const char *what, const void *bytes, size_t n);
 /* Collective minimum, for choices all ranks must share (the lowest numeric class). */
 int comm_agree_min(comm *c, int value);
@@ -58,14 +61,15 @@ enum status comm_setup(comm *c, const struct comm_config *config);
 
 /* Where this rank writes its fp32 partial for the next all-reduce (valid until that call). */
 float *comm_slot(comm *c);
-/* sum[count] = tree sum over ranks of their slots. sum may be any buffer but a slot. With one rank, a copy. */
+/* sum[count] = tree sum over ranks of their slots. sum may be any buffer but a slot. With one rank,
+ * a copy. */
 void comm_all_reduce(comm *c, size_t count, float *sum);
 
-/* Rank 0: sends n bytes. Others: wait (sleeping if long) and return the length; *bytes is borrowed until the
- * next comm_bcast. */
+/* Rank 0: sends n bytes. Others: wait (sleeping if long) and return the length; *bytes is borrowed
+ * until the next comm_bcast. */
 size_t comm_bcast(comm *c, const void *mine, size_t n, const void **bytes);
-/* Every rank brings n bytes (equal n); rank 0 gets [R][n] back to back, borrowed until the next gather; others
- * get NULL. */
+/* Every rank brings n bytes (equal n); rank 0 gets [R][n] back to back, borrowed until the next
+ * gather; others get NULL. With one rank the result is `mine` itself. */
 const void *comm_gather(comm *c, const void *mine, size_t n);
 
 /* Time spent since comm_setup, for bench: waiting for slower ranks and moving/summing bytes. */

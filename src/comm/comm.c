@@ -1,0 +1,179 @@
+/* comm.c: the public face of comm/: joining, agreement, dispatch to the path, times, the end of the
+ * job.
+ *
+ * Knows no MPI and no shared memory: it works on the two tables of comm_path.h. Agreement is an
+ * all-gather of one small word a rank; only when some rank failed does its fault (text, field,
+ * code) travel too. Thread: engine thread. Memory: one struct comm; the path takes the rest in
+ * comm_setup.
+ */
+#include "comm/comm.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "base/log.h"
+#include "comm/comm_path.h"
+
+/* Variables by which mpirun, srun and other PMI launchers tell a process that it is one of many. */
+static bool started_by_launcher(void) {
+    static const char *const names[] = {"OMPI_COMM_WORLD_SIZE", "PMIX_RANK", "PMI_RANK", "PMI_SIZE",
+                                        "PMI_FD"};
+    for (size_t i = 0; i < sizeof names / sizeof names[0]; i++) {
+        if (getenv(names[i])) return true;
+    }
+    return false;
+}
+
+enum status comm_open(int *argc, char ***argv, comm **out) {
+    comm *c = calloc(1, sizeof *c);
+    if (!c) return fail(STATUS_MEMORY, "no memory to join the job");
+    c->job = &comm_self_job;
+    c->size = c->local_size = 1;
+    if (started_by_launcher()) {
+        const enum status status = comm_mpi_join(c, argc, argv);
+        if (status != STATUS_OK) {
+            free(c);
+            return status;
+        }
+    }
+    log_set_rank(c->rank);
+    *out = c;
+    return STATUS_OK;
+}
+
+void comm_close(comm *c) {
+    if (!c) return;
+    if (c->path) c->path->close(c);
+    c->job->close(c);
+    free(c);
+}
+
+int comm_rank(const comm *c) { return c->rank; }
+int comm_size(const comm *c) { return c->size; }
+int comm_local_rank(const comm *c) { return c->local_rank; }
+int comm_local_size(const comm *c) { return c->local_size; }
+const char *comm_path_name(const comm *c) { return c->path ? c->path->name : "none"; }
+
+enum status comm_agree(comm *c, enum status mine) {
+    int32_t own = mine, all[COMM_RANKS_MAX];
+    c->job->all_gather(c, &own, sizeof own, all);
+    int failing = 0;
+    while (failing < c->size && all[failing] == STATUS_OK) failing++;
+    if (failing == c->size) return STATUS_OK;
+
+    const enum status agreed = (enum status)all[failing];
+    struct fault fault = *fail_last();
+    if (fault.status != mine) { /* the caller never said why */
+        fault = (struct fault){.status = mine};
+        snprintf(fault.text, sizeof fault.text, "failed (%s)", status_name(mine));
+    }
+    c->job->share(c, failing, &fault, sizeof fault);
+    if (failing == 0) return fail_param(agreed, fault.param, fault.code, "%s", fault.text);
+    return fail_param(agreed, fault.param, fault.code, "rank %d: %s", failing, fault.text);
+}
+
+/* "0a1b…" of the bytes from `at` on, at most 64 of them. */
+static const char *hex(char text[132], const unsigned char *bytes, size_t at, size_t n) {
+    enum { SHOWN = 64 };
+    size_t length = 0;
+    for (size_t i = at; i < n && i < at + SHOWN; i++) {
+        length += (size_t)snprintf(text + length, 132 - length, "%02x", bytes[i]);
+    }
+    text[length] = '\0';
+    return text;
+}
+
+enum status comm_agree_equal(comm *c, const char *what, const void *bytes, size_t n) {
+    ASSERT_LE(n, COMM_EQUAL_BYTES_MAX);
+    uint64_t own_bytes = n, all_bytes[COMM_RANKS_MAX];
+    c->job->all_gather(c, &own_bytes, sizeof own_bytes, all_bytes);
+    for (int r = 1; r < c->size; r++) {
+        if (all_bytes[r] == all_bytes[0]) continue;
+        return fail(STATUS_COMM,
+                    "ranks differ in %s: rank 0 brings %llu bytes, rank %d brings %llu: start "
+                    "all ranks with the same program, model and options",
+                    what, (unsigned long long)all_bytes[0], r, (unsigned long long)all_bytes[r]);
+    }
+    unsigned char first[COMM_EQUAL_BYTES_MAX] = {0}, other[COMM_EQUAL_BYTES_MAX] = {0};
+    memcpy(first, bytes, n);
+    c->job->share(c, 0, first, n);
+    int32_t differs = memcmp(first, bytes, n) != 0, all[COMM_RANKS_MAX];
+    c->job->all_gather(c, &differs, sizeof differs, all);
+    int rank = 0;
+    while (rank < c->size && !all[rank]) rank++;
+    if (rank == c->size) return STATUS_OK;
+
+    memcpy(other, bytes, n);
+    c->job->share(c, rank, other, n);
+    size_t at = 0;
+    while (first[at] == other[at]) at++;
+    if (n <= 64) at = 0; /* short: show all of it */
+    char left[132], right[132];
+    return fail(STATUS_COMM,
+                "ranks differ in %s: rank 0 has %s, rank %d has %s: start all ranks with the same "
+                "program, model and options",
+                what, hex(left, first, at, n), rank, hex(right, other, at, n));
+}
+
+int comm_agree_min(comm *c, int value) {
+    int32_t own = value, all[COMM_RANKS_MAX];
+    c->job->all_gather(c, &own, sizeof own, all);
+    for (int r = 0; r < c->size; r++) own = all[r] < own ? all[r] : own;
+    return own;
+}
+
+void comm_share(comm *c, void *bytes, size_t n) { c->job->share(c, 0, bytes, n); }
+
+enum status comm_setup(comm *c, const struct comm_config *config) {
+    ASSERT(!c->path);
+    c->config = *config;
+    const uint64_t sizes[] = {config->slot_floats, config->bcast_bytes_max,
+                              config->gather_bytes_max, (uint64_t)config->kind};
+    TRY(comm_agree_equal(c, "communication sizes", sizes, sizeof sizes));
+    if (config->kind == COMM_NCCL || config->kind == COMM_FUSED) {
+        return fail(STATUS_USAGE,
+                    "--comm %s needs the CUDA backend, which this program was built without: "
+                    "use --comm auto",
+                    config->kind == COMM_NCCL ? "nccl" : "fused");
+    }
+    TRY(c->job->setup(c));
+    c->times = (struct comm_times){0};
+    return STATUS_OK;
+}
+
+float *comm_slot(comm *c) { return c->path->slot(c); }
+
+void comm_all_reduce(comm *c, size_t count, float *sum) {
+    ASSERT_LE(count, c->config.slot_floats);
+    const double waited_before = c->times.wait_seconds;
+    const uint64_t begin_ns = comm_clock_ns();
+    c->path->all_reduce(c, count, sum);
+    const double seconds = 1e-9 * (double)(comm_clock_ns() - begin_ns);
+    c->times.move_seconds += seconds - (c->times.wait_seconds - waited_before);
+    c->times.all_reduce_count++;
+}
+
+size_t comm_bcast(comm *c, const void *mine, size_t n, const void **bytes) {
+    if (c->rank == 0) ASSERT_LE(n, c->config.bcast_bytes_max);
+    return c->path->bcast(c, mine, n, bytes);
+}
+
+const void *comm_gather(comm *c, const void *mine, size_t n) {
+    ASSERT_LE(n, c->config.gather_bytes_max);
+    return c->path->gather(c, mine, n);
+}
+
+void comm_times_get(const comm *c, struct comm_times *out) { *out = c->times; }
+
+_Noreturn void comm_abort(comm *c, int exit_code, const char *text) {
+    enum { GRACE_SECONDS = 2 };
+    if (c->path && c->path->abort_claim && !c->path->abort_claim(c)) {
+        sleep(GRACE_SECONDS); /* another rank has said why and is ending us */
+    } else {
+        log_failure(text);
+    }
+    c->job->abort(c, exit_code);
+    _exit(exit_code);
+}

@@ -1,0 +1,95 @@
+/* comm_path.h: what the files of comm/ share; nobody outside includes it (one test does, to run the
+ * window path over threads).
+ *
+ *   comm.c         the public calls, agreement, times, abort
+ *   comm_self.c    path "self": one rank
+ *   comm_window.c  path "window": shared memory, no MPI in it
+ *   comm_mpi.c     joining the job, the window's memory, path "mpi": messages
+ *   comm_tree.c    the sum itself
+ *   comm_wait.c    how to wait: pause, yield, sleep, give up
+ *
+ * A path is a const table, the instance last in its file. Start-up calls (all_gather, share) belong
+ * to how the job was joined and work before comm_setup; the step calls belong to the path chosen
+ * there.
+ */
+#ifndef SFUMATO_COMM_COMM_PATH_H
+#define SFUMATO_COMM_COMM_PATH_H
+
+#include <sys/types.h>
+
+#include "comm/comm.h"
+
+enum { COMM_RANKS_MAX = 64, COMM_LINE_BYTES = 64 };
+
+/* How the job was joined. All wait without a deadline: loading takes as long as it takes. */
+struct comm_job {
+    /* all[R][n] = everyone's n bytes, in rank order. */
+    void (*all_gather)(comm *c, const void *mine, size_t n, void *all);
+    /* The root's n bytes to all. */
+    void (*share)(comm *c, int root, void *bytes, size_t n);
+    /* Collective: chooses c->path and takes its memory. The same status on all ranks. */
+    enum status (*setup)(comm *c);
+    void (*close)(comm *c);
+    void (*abort)(comm *c, int exit_code); /* does not return */
+};
+
+struct comm_path {
+    const char *name;
+    void (*close)(comm *c);
+    float *(*slot)(comm *c);
+    void (*all_reduce)(comm *c, size_t count, float *sum);
+    size_t (*bcast)(comm *c, const void *mine, size_t n, const void **bytes);
+    const void *(*gather)(comm *c, const void *mine, size_t n);
+    /* True for the first rank that asks: it alone prints why the job ends. NULL: cannot know,
+     * print. */
+    bool (*abort_claim)(comm *c);
+};
+
+struct comm {
+    const struct comm_job *job;
+    const struct comm_path *path; /* NULL before comm_setup */
+    void *job_state, *path_state; /* each known to the file that made it */
+    int rank, size, local_rank, local_size;
+    bool crowded; /* more ranks than allowed cores on this host: yield at once */
+    pid_t parent; /* the launcher's process here; 0: do not watch it */
+    struct comm_config config;
+    struct comm_times times;
+};
+
+extern const struct comm_job comm_self_job, comm_mpi_job;
+extern const struct comm_path comm_self_path, comm_window_path;
+
+/* comm_self.c: memory of the one-rank path; sets c->path. */
+enum status comm_self_setup(comm *c);
+
+/* comm_mpi.c: MPI_Init, ranks, hosts, cores. */
+enum status comm_mpi_join(comm *c, int *argc, char ***argv);
+
+/* comm_window.c: bytes the window of this configuration needs, 0 when they cannot be counted. The
+ * memory is shared and aligned to a page; one rank clears its flags, every rank attaches (which
+ * sets c->path), and when all have done so the path may be used. */
+size_t comm_window_bytes(const struct comm_config *config, int size);
+void comm_window_clear(void *base, int size);
+enum status comm_window_attach(comm *c, void *base);
+
+/* One wait. Zero it, then call comm_pause until what is waited for has come; comm_pause_end adds
+ * the time. comm_pause spins (pause instruction) for ~50 us, then yields; crowded: yields at once.
+ * Returns the time waited so far in ns, 0 while it is too short to be looked at. Ends the process
+ * when the launcher is gone. */
+struct comm_patience {
+    uint64_t begin_ns, now_ns, watched_ns;
+    unsigned rounds;
+};
+uint64_t comm_pause(comm *c, struct comm_patience *p);
+void comm_pause_end(comm *c, const struct comm_patience *p);
+uint64_t comm_clock_ns(void);
+/* Ends the process (code 5) when the launcher that started it no longer exists. */
+void comm_watch_parent(comm *c);
+/* After this long a rank that waits for a plan sleeps. */
+enum { COMM_PARK_NS = 1000 * 1000 };
+/* A wait in collective `number` of this name lasted longer than the configured time: abort with
+ * code 6 when it did. missing: a rank that has not come, -1 unknown. */
+void comm_check_deadline(comm *c, uint64_t waited_ns, const char *operation, uint64_t number,
+                         int missing);
+
+#endif
