@@ -340,8 +340,8 @@ enum { KEY_BASE = 1000 };
 
 static error_t on_option(int key, char *argument, struct argp_state *state) {
     struct argp_input *input = state->input;
-    if (state->next > input->next) input->next = state->next;
     if (key == ARGP_KEY_ARG) {
+        input->next = state->next;
         if (!input->params) return 0;
         if (input->params->positional) {
             input->status =
@@ -354,7 +354,8 @@ static error_t on_option(int key, char *argument, struct argp_state *state) {
     int id = 0;
     while (id < PARAM_COUNT && key != KEY_BASE + id && (!rows[id].letter || key != rows[id].letter))
         id++;
-    if (id == PARAM_COUNT) return ARGP_ERR_UNKNOWN;
+    if (id == PARAM_COUNT) return ARGP_ERR_UNKNOWN; /* also argp's own keys: start, end, error */
+    input->next = state->next;
     if (id == PARAM_config) input->config = argument;
     if (!input->params) return 0;
     char where[64];

@@ -1,0 +1,90 @@
+/* body.h: the JSON body of a request -> a resolved struct request (serving.md §2, §3).
+ *
+ *   {"messages": ...} ─ template ─┐
+ *   {"prompt": "text"} ───────────┼─ tokenizer ─► ids ─► struct request, one per prompt
+ *   {"prompt": [ids]} ────────────┘      ▲
+ *   every other field ── range ── flags and model defaults
+ *
+ * Used by `generate` for its lines and meant for the service: no files, no sockets, no engine
+ * calls. Owns: everything a body says, validated, with nothing left unset. Refuses to know: what is
+ * done with it. Thread: one (the one that owns the chat helper). Memory: one arena and one JSON
+ * tree per body, freed together; a struct request made from it borrows from it.
+ */
+#ifndef SFUMATO_SERVE_BODY_H
+#define SFUMATO_SERVE_BODY_H
+
+#include <jansson.h>
+#include <stdbool.h>
+#include <stdint.h>
+
+#include "base/arena.h"
+#include "base/params.h"
+#include "engine/request.h"
+#include "load/config.h"
+#include "text/chat.h"
+#include "text/stream.h"
+#include "text/tokenizer.h"
+
+enum { BODY_PROMPTS_MAX = 128, BODY_MESSAGES_MAX = 4096 };
+
+/* What all requests of a process are resolved against. Borrowed, set once at start-up. */
+struct body_facts {
+    const struct params *params; /* flags: defaults of fields that are left out */
+    const struct model_config *config;
+    const tokenizer *tokenizer;
+    chat *chat;             /* NULL: the model has no template */
+    const char *model_name; /* what `model` may say */
+    enum think_mode mode;   /* --think, or off when the model cannot (soft-thinking.md §3) */
+    int vocab_count;        /* V of soft-thinking.md §4 */
+    int open_id, close_id;  /* markers; -1: none */
+    int eos_count;
+    int32_t eos_ids[THINK_EOS_MAX];
+    int64_t max_model_len;
+    int64_t completion_max_tokens; /* default of max_tokens for "prompt" bodies; 0 = what fits */
+    bool batch; /* `generate`: fields that only a live connection can honour are refused */
+};
+
+struct body_prompt {
+    uint32_t *ids;
+    int64_t count;
+    int64_t max_tokens; /* resolved for this prompt */
+};
+
+struct body {
+    arena memory;
+    json_t *root;            /* NULL when the text was no JSON object */
+    const json_t *custom_id; /* any JSON value, or NULL */
+    bool chat;               /* messages, not prompt */
+    struct request request;  /* without prompt, id and max_tokens: see body_request */
+    int prompt_count;
+    struct body_prompt prompts[BODY_PROMPTS_MAX];
+    /* how the reply looks */
+    const char *stops[STREAM_STOP_COUNT_MAX];
+    int stop_count;
+    bool include_stop, skip_special;
+    bool include_reasoning, separate_reasoning, stream_reasoning;
+    bool stream, include_usage, continuous_usage, echo;
+    double timeout_seconds; /* 0 = none */
+    int trace_entries;      /* most entries of a concept token in the trace; 0 = no trace */
+    int64_t too_long;       /* prompt ids of a context_length_exceeded error, else 0 */
+};
+
+/* Always leaves a body that body_fini takes, also on failure (custom_id is there when it could be
+ * read). STATUS_REQUEST with param and code as in serving.md §5. */
+enum status body_parse(const struct body_facts *facts, const char *text, size_t n,
+                       struct body *out);
+void body_fini(struct body *b);
+/* The engine's request for one prompt of the body. Borrows from the body. */
+struct request body_request(const struct body *b, int prompt, uint64_t id);
+
+/* Flag defaults that no request overrides are checked once: STATUS_USAGE names the flag. */
+enum status body_facts_check(const struct body_facts *facts);
+
+/* Internal to serve/: the parts of body_parse. */
+enum status body_think_block(const struct body_facts *facts, struct body *b);
+enum status body_render_messages(const struct body_facts *facts, struct body *b, char **prompt,
+                                 size_t *n);
+/* messages -> the JSON array given to templates: contents flattened, reasoning under one name. */
+enum status body_flatten_messages(const json_t *messages, json_t **out);
+
+#endif

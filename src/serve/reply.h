@@ -1,0 +1,53 @@
+/* reply.h: engine events of one choice -> text, counts and JSON (cli.md "generate", serving.md §4).
+ *
+ *   ENGINE_STEP ─► reply_step ─► stream (text, stop strings) ─► delta: what became visible
+ *                      └─► ids, counts, trace and logprob records (rendered at once)
+ *   ENGINE_FINISHED ─► reply_finish ─► reply_write_line / the service's own forms
+ *
+ * Owns: one choice's visible result. A step past a stop match is not counted: the caller cancels
+ * the choice in the engine when `delta.stopped` says so. Refuses to know: sockets, files, order of
+ * lines. Thread: one at a time. Memory: malloc, grows with the reply, freed by reply_free.
+ */
+#ifndef SFUMATO_SERVE_REPLY_H
+#define SFUMATO_SERVE_REPLY_H
+
+#include "base/json.h"
+#include "engine/request.h"
+#include "serve/body.h"
+#include "text/stream.h"
+
+typedef struct reply reply;
+
+/* choice: index within the body, prompt * n + choice. Facts and body must outlive the reply. */
+enum status reply_new(const struct body_facts *facts, const struct body *body, int choice,
+                      reply **out);
+void reply_free(reply *r);
+
+/* One step. delta is borrowed until the next call. */
+enum status reply_step(reply *r, const struct engine_event *event, struct stream_delta *delta);
+/* The end: from the engine's last event, or NULL when a stop string ended it. */
+enum status reply_finish(reply *r, const struct engine_event *event, struct stream_delta *delta);
+/* True when the choice was aborted or failed: there is no result to write. */
+bool reply_aborted(const reply *r);
+
+/* The facts a summary shows. */
+struct reply_summary {
+    struct request_usage usage;
+    enum finish finish;
+    enum think_end end;
+    double mean_entropy; /* NAN without thinking steps */
+    uint64_t seed;
+};
+void reply_summarise(const reply *r, struct reply_summary *out);
+
+/* The object of an output line, no newline. */
+void reply_write_line(const reply *r, struct json_writer *w);
+/* {"custom_id":...,"error":{...}} from this thread's last failure. body may be a failed one. */
+void reply_write_error_line(const struct body_facts *facts, const struct body *body,
+                            struct json_writer *w);
+/* The error object alone (serving.md §5). */
+void reply_write_error(const struct fault *fault, struct json_writer *w);
+/* custom_id as it came, or null. */
+void reply_write_custom_id(const json_t *custom_id, struct json_writer *w);
+
+#endif
