@@ -21,6 +21,7 @@ enum {
     CONFIG_VOCAB_MAX = 1 << 22,
     CONFIG_POSITION_MAX = 1 << 24,
     CONFIG_EOS_MAX = 16,
+    CONFIG_FILE_BYTES_MAX = 4 << 20, /* config.json, generation_config.json */
 };
 
 enum config_arch { ARCH_LLAMA, ARCH_MISTRAL, ARCH_QWEN2, ARCH_QWEN3 };
@@ -63,5 +64,12 @@ enum status config_from_dims(struct model_config *out, const char *name_or_path)
 void config_shard_dims(const struct model_config *config, struct shard_dims *out);
 /* Parameters in all, and those read in one decode step (the embedding lookup is not). */
 int64_t config_parameter_count(const struct model_config *config);
+int64_t config_step_parameter_count(const struct model_config *config);
+
+/* For whoever fills a model_config by other means (GGUF, presets, tests): nothing given yet; an end id
+ * more, once; and the checks across fields. STATUS_MODEL naming what is wrong. */
+void config_init(struct model_config *out);
+enum status config_add_eos(struct model_config *config, int64_t id);
+enum status config_check(const struct model_config *config);
 
 #endif

@@ -37,6 +37,8 @@ struct source_ops {
      * dequantised. The range must lie inside the tensor (ASSERT). STATUS_MODEL when unreadable. */
     enum status (*read)(source *s, const char *name, int64_t row_begin, int64_t row_count,
                         int64_t col_begin, int64_t col_count, float *dst);
+    /* A text file that belongs to the model, see source_read_text. NULL: there are none. */
+    enum status (*read_text)(const source *s, const char *file, size_t limit, char **text, size_t *n);
     void (*close)(source *s);
 };
 
@@ -52,9 +54,17 @@ struct source {
 enum status source_open(const char *path, source **out);
 enum status safetensors_open(const char *folder, source **out);
 enum status gguf_open(const char *file, source **out);
-/* Weights made from a hash of (seed, tensor name, row, column); same values for every rank and
- * platform. scale: standard deviation of a row's dot product is about `scale`. */
+/* Weights made from a hash of (seed, tensor name, row, column): the same values for every rank and
+ * machine, scaled so that activations and logits are sane (see synthetic.c). */
 enum status synthetic_open(const struct model_config *config, uint64_t seed, source **out);
-void source_close(source *s);
+void source_close(source *s); /* NULL is allowed */
+
+/* The text of tokenizer.json, tokenizer_config.json, chat_template.jinja, ... beside the weights:
+ * malloc'ed, NUL-terminated. *text = NULL, *n = 0 and STATUS_OK when the model has no such file (GGUF and
+ * synthetic sources have none; GGUF's tokenizer is in load/gguf.h). STATUS_MODEL above `limit` bytes. */
+enum status source_read_text(const source *s, const char *file, size_t limit, char **text, size_t *n);
+
+/* For implementations: keeps the path for messages; STATUS_USAGE when it is too long. */
+enum status source_set_path(source *s, const char *path);
 
 #endif

@@ -1,0 +1,91 @@
+/* file.c: see file.h. */
+#include "load/file.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+/* Opens a regular file and tells its size; -1 with errno, or after fail() with *status set. */
+static int open_regular(const char *path, size_t *n, enum status *status) {
+    struct stat info;
+    const int fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK); /* a fifo must not block */
+    *status = STATUS_OK;
+    if (fd < 0) return -1;
+    if (fstat(fd, &info) != 0 || !S_ISREG(info.st_mode)) {
+        close(fd);
+        *status = fail(STATUS_MODEL, "%s is not a regular file", path);
+        return -1;
+    }
+    *n = (size_t)info.st_size;
+    return fd;
+}
+
+enum status file_map_open(const char *path, struct file_map *out) {
+    enum status status;
+    *out = (struct file_map){0};
+    const int fd = open_regular(path, &out->n, &status);
+    if (fd < 0) {
+        if (status != STATUS_OK) return status;
+        return fail(STATUS_MODEL, "%s: %s", path, strerror(errno));
+    }
+    if (out->n == 0) {
+        close(fd);
+        return fail(STATUS_MODEL, "%s is empty: download it again", path);
+    }
+    void *bytes = mmap(NULL, out->n, PROT_READ, MAP_SHARED, fd, 0);
+    const int why = errno;
+    close(fd);
+    if (bytes == MAP_FAILED) {
+        return fail(why == ENOMEM ? STATUS_MEMORY : STATUS_MODEL, "%s cannot be mapped: %s", path,
+                    strerror(why));
+    }
+    out->bytes = bytes;
+    return STATUS_OK;
+}
+
+void file_map_close(struct file_map *map) {
+    if (map->bytes) munmap((void *)(uintptr_t)map->bytes, map->n);
+    *map = (struct file_map){0};
+}
+
+bool file_exists(const char *path) { return access(path, F_OK) == 0; }
+
+enum status file_read_text(const char *path, size_t limit, char **text, size_t *n) {
+    enum status status;
+    size_t size, done = 0;
+    *text = NULL;
+    *n = 0;
+    const int fd = open_regular(path, &size, &status);
+    if (fd < 0) {
+        if (status != STATUS_OK || errno == ENOENT) return status;
+        return fail(STATUS_MODEL, "%s: %s", path, strerror(errno));
+    }
+    if (size > limit) {
+        close(fd);
+        return fail(STATUS_MODEL, "%s has %zu bytes, the limit is %zu", path, size, limit);
+    }
+    char *bytes = malloc(size + 1);
+    if (!bytes) {
+        close(fd);
+        return fail(STATUS_MEMORY, "%s: no memory for %zu bytes", path, size);
+    }
+    while (done < size) {
+        const ssize_t got = read(fd, bytes + done, size - done);
+        if (got < 0 && errno == EINTR) continue;
+        if (got <= 0) break;
+        done += (size_t)got;
+    }
+    close(fd);
+    if (done < size) {
+        free(bytes);
+        return fail(STATUS_MODEL, "%s: only %zu of %zu bytes could be read", path, done, size);
+    }
+    bytes[size] = '\0';
+    *text = bytes;
+    *n = size;
+    return STATUS_OK;
+}

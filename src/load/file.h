@@ -1,0 +1,29 @@
+/* file.h: a file in memory, the two ways the loaders need it.
+ *
+ * file_map: read-only mapping of a whole file (weights); only the pages that are touched are read.
+ * file_read_text: a small file in one malloc'ed, NUL-terminated piece, with a size limit.
+ * Only regular files are opened: a pipe or a device in place of a model file must not hang the job.
+ */
+#ifndef SFUMATO_LOAD_FILE_H
+#define SFUMATO_LOAD_FILE_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#include "base/check.h"
+
+struct file_map {
+    const uint8_t *bytes;
+    size_t n;
+};
+
+/* STATUS_MODEL when it cannot be read or is empty. */
+enum status file_map_open(const char *path, struct file_map *out);
+void file_map_close(struct file_map *map);
+
+bool file_exists(const char *path);
+
+/* A file that does not exist gives STATUS_OK with *text = NULL and *n = 0. */
+enum status file_read_text(const char *path, size_t limit, char **text, size_t *n);
+
+#endif

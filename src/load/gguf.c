@@ -1,0 +1,242 @@
+/* gguf.c: one GGUF file as a source.
+ *
+ * Owns the mapping, the parsed file and the tokenizer's arrays. Translates names: callers ask for
+ * "model.layers.3.self_attn.q_proj.weight" and get the rows of "blk.3.attn_q.weight" in Hugging
+ * Face's order. That order differs for q and k of the llama architecture, where llama.cpp stores,
+ * in every head of d rows, the halves interleaved:
+ *
+ *   Hugging Face   0 1 2 ... d/2-1 | d/2 d/2+1 ...        rotates row j with row j + d/2
+ *   file           0 d/2 1 d/2+1 2 d/2+2 ...              rotates row 2j with row 2j + 1
+ *
+ * so row r of a head is row 2 (r mod d/2) + (r div d/2) of the file; biases likewise, by column.
+ * Files are hostile: gguf_parse.c checks them. Threads: find and read from any; open, close and
+ * gguf_get_tokenizer on one.
+ */
+#include "load/gguf.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "load/file.h"
+
+struct gguf_source {
+    source base;
+    struct file_map map;
+    arena memory;
+    struct gguf_file file;
+    struct gguf_tokenizer tokenizer;
+    bool has_tokenizer;
+};
+
+/* Hugging Face's name after "model.layers.N." -> the file's after "blk.N." */
+static const struct part {
+    const char *hf, *gguf;
+    bool is_q, is_k;
+} parts[] = {
+    {"input_layernorm.weight", "attn_norm.weight", false, false},
+    {"post_attention_layernorm.weight", "ffn_norm.weight", false, false},
+    {"self_attn.q_proj.weight", "attn_q.weight", true, false},
+    {"self_attn.k_proj.weight", "attn_k.weight", false, true},
+    {"self_attn.v_proj.weight", "attn_v.weight", false, false},
+    {"self_attn.o_proj.weight", "attn_output.weight", false, false},
+    {"self_attn.q_proj.bias", "attn_q.bias", true, false},
+    {"self_attn.k_proj.bias", "attn_k.bias", false, true},
+    {"self_attn.v_proj.bias", "attn_v.bias", false, false},
+    {"self_attn.q_norm.weight", "attn_q_norm.weight", false, false},
+    {"self_attn.k_norm.weight", "attn_k_norm.weight", false, false},
+    {"mlp.gate_proj.weight", "ffn_gate.weight", false, false},
+    {"mlp.up_proj.weight", "ffn_up.weight", false, false},
+    {"mlp.down_proj.weight", "ffn_down.weight", false, false},
+};
+
+/* The entry behind a Hugging Face name. permuted_rows: rows (of a vector: columns) are interleaved
+ * in heads. NULL when there is none. */
+static const struct tensor_entry *lookup(const struct gguf_source *s, const char *name,
+                                         bool *permuted) {
+    char translated[128];
+    int layer, used = 0;
+    *permuted = false;
+    if (strcmp(name, "model.embed_tokens.weight") == 0)
+        name = "token_embd.weight";
+    else if (strcmp(name, "lm_head.weight") == 0)
+        name = "output.weight";
+    else if (strcmp(name, "model.norm.weight") == 0)
+        name = "output_norm.weight";
+    else {
+        if (sscanf(name, "model.layers.%9d.%n", &layer, &used) != 1 || used == 0) return NULL;
+        const struct part *p = NULL;
+        for (size_t i = 0; i < sizeof parts / sizeof parts[0]; i++) {
+            if (strcmp(name + used, parts[i].hf) == 0) p = &parts[i];
+        }
+        if (!p) return NULL;
+        snprintf(translated, sizeof translated, "blk.%d.%s", layer, p->gguf);
+        *permuted = s->base.config.arch == ARCH_LLAMA && (p->is_q || p->is_k);
+        name = translated;
+    }
+    return tensor_table_find(&s->file.table, name);
+}
+
+/* Where row r (over all heads) of Hugging Face's order is in the file. */
+static int64_t file_row(int64_t r, int head_dim) {
+    const int64_t in_head = r % head_dim, half = head_dim / 2;
+    return r - in_head + 2 * (in_head % half) + in_head / half;
+}
+
+static bool gguf_source_find(const source *src, const char *name, struct source_tensor *out) {
+    bool permuted;
+    const struct tensor_entry *e = lookup((const struct gguf_source *)src, name, &permuted);
+    if (!e) return false;
+    *out = (struct source_tensor){e->rows, e->cols, e->type_name, e->bytes};
+    return true;
+}
+
+static enum status gguf_source_read(source *src, const char *name, int64_t row_begin,
+                                    int64_t row_count, int64_t col_begin, int64_t col_count,
+                                    float *dst) {
+    bool permuted;
+    const struct tensor_entry *e = lookup((const struct gguf_source *)src, name, &permuted);
+    const int head_dim = src->config.head_dim;
+    if (!e) return fail(STATUS_MODEL, "%s has no tensor %s", src->path, name);
+    ASSERT(row_begin >= 0 && row_count >= 0 && row_begin + row_count <= e->rows);
+    ASSERT(col_begin >= 0 && col_count >= 0 && col_begin + col_count <= e->cols);
+    if (permuted && (e->rows == 1 ? e->cols : e->rows) % head_dim != 0) {
+        return fail(STATUS_MODEL, "%s: tensor %s has %lld rows, not a multiple of the head size %d",
+                    src->path, name, (long long)e->rows, head_dim);
+    }
+    if (permuted && e->rows == 1) {
+        for (int64_t i = 0; i < col_count; i++) {
+            tensor_read_row(e, 0, file_row(col_begin + i, head_dim), 1, dst + i);
+        }
+        return STATUS_OK;
+    }
+    for (int64_t i = 0; i < row_count; i++) {
+        const int64_t row = permuted ? file_row(row_begin + i, head_dim) : row_begin + i;
+        tensor_read_row(e, row, col_begin, col_count, dst + i * col_count);
+    }
+    return STATUS_OK;
+}
+
+static void gguf_source_close(source *src) {
+    struct gguf_source *s = (struct gguf_source *)src;
+    gguf_file_fini(&s->file);
+    arena_fini(&s->memory);
+    file_map_close(&s->map);
+    free(s);
+}
+
+static const struct source_ops gguf_ops = {
+    .kind = "gguf", .find = gguf_source_find, .read = gguf_source_read, .close = gguf_source_close};
+
+enum status gguf_open(const char *path, source **out) {
+    enum status status;
+    *out = NULL;
+    struct gguf_source *s = calloc(1, sizeof *s);
+    if (!s) return fail(STATUS_MEMORY, "no memory to open %s", path);
+    s->base.ops = &gguf_ops;
+    arena_init(&s->memory, 0);
+    TRY_GOTO(source_set_path(&s->base, path), out);
+    TRY_GOTO(file_map_open(path, &s->map), out);
+    status = gguf_parse(s->map.bytes, s->map.n, &s->memory, &s->file);
+    if (status == STATUS_OK) status = gguf_read_config(&s->file, &s->base.config);
+    if (status != STATUS_OK) status = fail_prefix(status, "%s", path);
+    s->base.total_bytes = s->file.table.total_bytes;
+out:
+    if (status == STATUS_OK) {
+        *out = &s->base;
+    } else {
+        gguf_source_close(&s->base);
+    }
+    return status;
+}
+
+/* --- the tokenizer's arrays --- */
+
+static const struct gguf_value *find_array(const struct gguf_file *file, const char *key,
+                                           enum gguf_value_type item_type) {
+    const struct gguf_value *v = gguf_find(file, key);
+    return v && v->type == GGUF_ARRAY && v->item_type == item_type ? v : NULL;
+}
+
+static enum status copy_strings(const struct gguf_value *v, size_t limit, arena *a,
+                                const struct gguf_string **out, size_t *count) {
+    if (!v) return STATUS_OK;
+    if (v->count > limit) {
+        return fail(STATUS_MODEL, "key %.*s has %llu items, the limit is %zu", (int)v->key.n,
+                    v->key.bytes, (unsigned long long)v->count, limit);
+    }
+    struct gguf_string *strings = arena_alloc_array(a, v->count + 1, sizeof *strings);
+    const uint8_t *at = v->data;
+    if (!strings) return STATUS_MEMORY;
+    for (uint64_t i = 0; i < v->count; i++) { /* the parser has walked the same bytes */
+        uint64_t n;
+        memcpy(&n, at, sizeof n);
+        strings[i] = (struct gguf_string){(const char *)at + sizeof n, n};
+        at += sizeof n + n;
+    }
+    *out = strings;
+    *count = v->count;
+    return STATUS_OK;
+}
+
+static struct gguf_string find_string(const struct gguf_file *file, const char *key) {
+    const struct gguf_value *v = gguf_find(file, key);
+    uint64_t n;
+    if (!v || v->type != GGUF_STRING) return (struct gguf_string){"", 0};
+    memcpy(&n, v->data, sizeof n);
+    return (struct gguf_string){(const char *)v->data + sizeof n, n};
+}
+
+static enum status copy_text(struct gguf_string text, arena *a, const char **out) {
+    *out = arena_strndup(a, text.bytes, text.n);
+    return *out ? STATUS_OK : STATUS_MEMORY;
+}
+
+static bool find_flag(const struct gguf_file *file, const char *key) {
+    const struct gguf_value *v = gguf_find(file, key);
+    return v && v->type == GGUF_BOOL && v->data[0] != 0;
+}
+
+static int find_id(const struct gguf_file *file, const char *key) {
+    const struct gguf_value *v = gguf_find(file, key);
+    uint32_t id;
+    if (!v || (v->type != GGUF_U32 && v->type != GGUF_I32)) return -1;
+    memcpy(&id, v->data, sizeof id);
+    return id < CONFIG_VOCAB_MAX ? (int)id : -1;
+}
+
+static enum status read_tokenizer(struct gguf_source *s, struct gguf_tokenizer *t) {
+    const struct gguf_file *f = &s->file;
+    const struct gguf_value *types = find_array(f, "tokenizer.ggml.token_type", GGUF_I32);
+    TRY(copy_strings(find_array(f, "tokenizer.ggml.tokens", GGUF_STRING), CONFIG_VOCAB_MAX,
+                     &s->memory, &t->tokens, &t->token_count));
+    TRY(copy_strings(find_array(f, "tokenizer.ggml.merges", GGUF_STRING), GGUF_MERGES_MAX,
+                     &s->memory, &t->merges, &t->merge_count));
+    if (types && types->count == t->token_count) {
+        int32_t *copy = arena_alloc_array(&s->memory, t->token_count + 1, sizeof *copy);
+        if (!copy) return STATUS_MEMORY;
+        memcpy(copy, types->data, t->token_count * sizeof *copy); /* the mapping may be unaligned */
+        t->token_types = copy;
+    }
+    TRY(copy_text(find_string(f, "tokenizer.ggml.model"), &s->memory, &t->model));
+    TRY(copy_text(find_string(f, "tokenizer.ggml.pre"), &s->memory, &t->pre));
+    t->bos_id = find_id(f, "tokenizer.ggml.bos_token_id");
+    t->eos_id = find_id(f, "tokenizer.ggml.eos_token_id");
+    t->add_bos = find_flag(f, "tokenizer.ggml.add_bos_token");
+    t->add_eos = find_flag(f, "tokenizer.ggml.add_eos_token");
+    t->chat_template = find_string(f, "tokenizer.chat_template");
+    return STATUS_OK;
+}
+
+enum status gguf_get_tokenizer(source *src, const struct gguf_tokenizer **out) {
+    struct gguf_source *s = (struct gguf_source *)src;
+    *out = NULL;
+    if (src->ops != &gguf_ops) return STATUS_OK;
+    if (!s->has_tokenizer) {
+        const enum status status = read_tokenizer(s, &s->tokenizer);
+        if (status != STATUS_OK) return fail_prefix(status, "%s", src->path);
+        s->has_tokenizer = true;
+    }
+    *out = &s->tokenizer;
+    return STATUS_OK;
+}

@@ -1,0 +1,48 @@
+/* tensor_table.h: the tensors of mapped files, by name. Shared by the safetensors and GGUF sources.
+ *
+ * Filled by a parser that has checked that every tensor lies inside its file, then sealed (sorted;
+ * duplicate names and overlapping data are refused), then read only: any number of threads may find
+ * and read. Memory: one array from malloc; names and data are borrowed from the parser.
+ */
+#ifndef SFUMATO_LOAD_TENSOR_TABLE_H
+#define SFUMATO_LOAD_TENSOR_TABLE_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#include "base/check.h"
+#include "load/config.h"
+#include "load/dequant.h"
+
+enum { TENSOR_COUNT_MAX = 1 << 18, TENSOR_NAME_BYTES_MAX = 256, TENSOR_COLUMNS_MAX = INT32_MAX };
+
+struct tensor_entry {
+    const char *name;                /* NUL-terminated */
+    const char *type_name;           /* as the file says it */
+    const struct dequant_type *type; /* NULL: a format that cannot be read here */
+    int64_t rows, cols;
+    const uint8_t *data;
+    int64_t bytes;
+    int file; /* index of the file it is in */
+};
+
+struct tensor_table {
+    struct tensor_entry *entries;
+    size_t count, capacity;
+    int64_t total_bytes;
+};
+
+enum status tensor_table_add(struct tensor_table *table, const struct tensor_entry *entry);
+/* Sorts by name. STATUS_MODEL on duplicates and overlaps. */
+enum status tensor_table_seal(struct tensor_table *table);
+void tensor_table_fini(struct tensor_table *table);
+const struct tensor_entry *tensor_table_find(const struct tensor_table *table, const char *name);
+/* The number format of most bytes. */
+enum config_dtype tensor_table_dtype(const struct tensor_table *table);
+
+/* One row: dst[col_count] = columns [col_begin, +col_count) of row `row`. The entry must have a
+ * type. */
+void tensor_read_row(const struct tensor_entry *entry, int64_t row, int64_t col_begin,
+                     int64_t col_count, float *dst);
+
+#endif
