@@ -1,7 +1,7 @@
 /* backend.h: the compute verbs of one device. A const table per backend, the instance last in its file.
  *
  * A verb is one fused step of the forward pass in model/dense.c; it works on the rank's own shard and never
- * talks to other ranks. Buffers come from `alloc` (2 MiB-aligned, zeroed, counted) and are opaque device
+ * talks to other ranks. Buffers come from `alloc` (huge pages, zeroed, counted) and are opaque device
  * pointers to everyone else; on the CPU they are ordinary memory. Shapes: [T rows, D hidden, H local
  * query heads, G local kv heads, hd head dim, F local ffn columns, V local vocabulary rows].
  * Contract (cpu.md §3): a row's bits never depend on T, its place, neighbours, chunking, threads or page
@@ -70,7 +70,8 @@ struct attention_spec {
 struct backend_ops {
     const char *name; /* "cpu", "cuda" */
     void (*close)(backend *b);
-    /* Zeroed device memory that lives as long as the backend; NULL + fail() when there is none. */
+    /* Zeroed device memory, aligned to 128 bytes, that lives as long as the backend; NULL + fail() when
+     * there is none. */
     void *(*alloc)(backend *b, size_t bytes, const char *what);
     enum status (*write)(backend *b, void *device, const void *host, size_t bytes);
 
@@ -113,7 +114,8 @@ struct backend_ops {
     /* The slow path: z' of every local id (edited, divided) for one probe: out[V local], host memory. */
     void (*probe_logits)(backend *b, const struct batch *batch, int probe, const float *logits,
                          int slab_count, const int64_t *vocab_begin, int64_t vocab_count, float *out);
-    /* Benchmarks only: reads all weight and KV bytes once with the best access order and returns them. */
+    /* Benchmarks only: reads the bytes a decode step reads (all weights but lookup_only ones, and the
+     * KV of kv_tokens tokens) once with the best access order. Returns seconds; *bytes = bytes read. */
     double (*read_sweep)(backend *b, int64_t kv_tokens, int64_t *bytes);
     /* Peak multiply-add rate of this ISA for `seconds`, in FLOP/s over the pool. */
     double (*peak_flops)(backend *b, double seconds);
