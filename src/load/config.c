@@ -9,7 +9,7 @@
  * Rule: a field that changes what the model computes is either honoured or refused by name. Unknown
  * fields are ignored, as transformers does. Two cases are worth knowing:
  *   - a sliding window that is really active is honoured by shortening max_positions to it: up to
- * that length windowed and full attention are the same thing. A warning says so;
+ *     that length windowed and full attention are the same thing. A warning says so;
  *   - end ids of generation_config.json are added to those of config.json, never instead of them.
  */
 #include "load/config.h"

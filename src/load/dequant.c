@@ -6,14 +6,17 @@
  *   Q5_0   0 d          2 high[4]   6 q[16]                           x = d*(q-16)
  *   Q5_1   0 d   2 m    4 high[4]   8 q[16]                           x = d*q + m
  *          byte i of q: column i in the low nibble, column i+16 in the high one; bit i of high is
- * the fifth bit of column i. Q4_K   0 d   2 dmin 4 scale[12] 16 q[128]                         x =
- * (d*sc)*q - dmin*mn Q5_K   0 d   2 dmin 4 scale[12] 16 high[32]  48 q[128]            x = (d*sc)*q
- * - dmin*mn 8 groups of 32 columns; scale[12] packs eight 6-bit pairs (sc, mn), see scale_min.
- * Groups 2i and 2i+1 are the low and high nibbles of q[32i..32i+31]; bit g of high[l] is the fifth
- * bit of column l of group g. Q6_K   0 low[128] 128 high[64] 192 scale[16] int8 208 d           x =
- * (d*scale)*(q-32) two halves of 128 columns; in each, q of columns l, l+32, l+64, l+96 is low
- * nibbles of low[l], low[l+32], then high nibbles of the same bytes, with two more bits from
- * high[l].
+ *          the fifth bit of column i.
+ *
+ *   Q4_K   0 d   2 dmin 4 scale[12] 16 q[128]                         x = (d*sc)*q - dmin*mn
+ *   Q5_K   0 d   2 dmin 4 scale[12] 16 high[32]  48 q[128]            x = (d*sc)*q - dmin*mn
+ *          8 groups of 32 columns; scale[12] packs eight 6-bit pairs (sc, mn), see scale_min. Groups
+ *          2i and 2i+1 are the low and high nibbles of q[32i..32i+31]; bit g of high[l] is the fifth
+ *          bit of column l of group g.
+ *
+ *   Q6_K   0 low[128] 128 high[64] 192 scale[16] int8 208 d           x = (d*scale)*(q-32)
+ *          two halves of 128 columns; in each, q of columns l, l+32, l+64, l+96 is low nibbles of
+ *          low[l], low[l+32], then high nibbles of the same bytes, with two more bits from high[l].
  */
 #include "load/dequant.h"
 

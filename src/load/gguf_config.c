@@ -1,15 +1,17 @@
 /* gguf_config.c: the metadata of a GGUF file -> struct model_config.
  *
  * Owns the names of the keys and what is not in them and must be worked out:
+ *
  *   vocabulary rows   rows of token_embd (padding included), at least as many as tokens
  *   head size         hidden / heads unless attention.key_length says otherwise
  *   tied              there is no output.weight
  *   llama3 RoPE       llama.cpp's converter stores it as a tensor, rope_freqs.weight: one divisor
- * for each frequency. The parameters of all published Llama 3.x models are tried on it; divisors
- * that do not come from them are refused rather than guessed end ids           eos and eot, and the
- * well-known end texts among the control tokens, since the second end id of a
- * generation_config.json does not make it into the file Refuses to know: bytes of weights and names
- * of layers (gguf.c). Memory: none. Thread: any.
+ *                     for each frequency. The parameters of all published Llama 3.x models are tried
+ *                     on it; divisors that do not come from them are refused rather than guessed
+ *   end ids           eos, eot and eom, and the well-known end texts among the control tokens, since
+ *                     the second end id of a generation_config.json does not make it into the file
+ *
+ * Refuses to know: bytes of weights and names of layers (gguf.c). Memory: none. Thread: any.
  */
 #include <math.h>
 #include <stdio.h>

@@ -66,10 +66,11 @@ enum status shard_check(const struct shard_dims *dims, int slabs, int ranks) {
             n += (size_t)snprintf(legal + n, sizeof legal - n, "%s%d", n ? ", " : "", r);
         }
     }
-    return fail(STATUS_USAGE,
-                "%d ranks cannot split a model with %d query heads, %d kv heads and %lld ffn columns: "
-                "start mpirun with -n %s",
-                ranks, dims->heads, dims->kv_heads, (long long)dims->ffn, legal);
+    return fail(
+        STATUS_USAGE,
+        "%d ranks cannot split a model with %d query heads, %d kv heads and %lld ffn columns: "
+        "start mpirun with -n %s",
+        ranks, dims->heads, dims->kv_heads, (long long)dims->ffn, legal);
 }
 
 void shard_map_init(shard_map *map, const struct shard_dims *dims, int slabs, int ranks, int rank) {
