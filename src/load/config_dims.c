@@ -1,7 +1,7 @@
 /* config_dims.c: shapes of well-known models, so that any of them can be timed without a download.
  *
- * The numbers are those of the published config.json files. A name that is not in the table is
- * taken as the path of a config.json. Thread: any. Memory: none kept.
+ * The numbers are those of the published config.json files. A name that is not in the table is taken as
+ * the path of a config.json. Thread: any. Memory: none kept.
  */
 #include <stdio.h>
 #include <stdlib.h>
@@ -10,18 +10,16 @@
 #include "load/config.h"
 #include "load/file.h"
 
+/* clang-format off: a table, one model a line */
 static const struct preset {
     const char *name;
-    const char *arch_name;
     enum config_arch arch;
     int layers, hidden, ffn, heads, kv_heads, head_dim, vocab_rows;
     bool tied;
-    float norm_eps;
-    double rope_theta;
+    double norm_eps, rope_theta;
     int max_positions, bos_id, eos_ids[3]; /* 0 ends the list */
 } presets[] = {
     {"qwen2.5-0.5b",
-     "Qwen2ForCausalLM",
      ARCH_QWEN2,
      24,
      896,
@@ -31,13 +29,12 @@ static const struct preset {
      64,
      151936,
      true,
-     1e-6f,
+     1e-6,
      1e6,
      32768,
      151643,
      {151645, 151643}},
     {"qwen2.5-1.5b",
-     "Qwen2ForCausalLM",
      ARCH_QWEN2,
      28,
      1536,
@@ -47,29 +44,13 @@ static const struct preset {
      128,
      151936,
      true,
-     1e-6f,
+     1e-6,
      1e6,
      32768,
      151643,
      {151645, 151643}},
-    {"smollm2-135m",
-     "LlamaForCausalLM",
-     ARCH_LLAMA,
-     30,
-     576,
-     1536,
-     9,
-     3,
-     64,
-     49152,
-     true,
-     1e-5f,
-     1e5,
-     8192,
-     1,
-     {2}},
+    {"smollm2-135m", ARCH_LLAMA, 30, 576, 1536, 9, 3, 64, 49152, true, 1e-5, 1e5, 8192, 1, {2}},
     {"qwq-32b",
-     "Qwen2ForCausalLM",
      ARCH_QWEN2,
      64,
      5120,
@@ -79,13 +60,12 @@ static const struct preset {
      128,
      152064,
      false,
-     1e-5f,
+     1e-5,
      1e6,
      40960,
      151643,
      {151645, 151643}},
     {"llama-3.1-8b",
-     "LlamaForCausalLM",
      ARCH_LLAMA,
      32,
      4096,
@@ -95,13 +75,12 @@ static const struct preset {
      128,
      128256,
      false,
-     1e-5f,
+     1e-5,
      5e5,
      131072,
      128000,
      {128001, 128008, 128009}},
     {"llama-3.1-70b",
-     "LlamaForCausalLM",
      ARCH_LLAMA,
      80,
      8192,
@@ -111,17 +90,19 @@ static const struct preset {
      128,
      128256,
      false,
-     1e-5f,
+     1e-5,
      5e5,
      131072,
      128000,
      {128001, 128008, 128009}},
 };
+/* clang-format on */
 
 static void fill(struct model_config *c, const struct preset *p) {
     config_init(c);
     c->arch = p->arch;
-    snprintf(c->arch_name, sizeof c->arch_name, "%s", p->arch_name);
+    snprintf(c->arch_name, sizeof c->arch_name, "%s",
+             p->arch == ARCH_QWEN2 ? "Qwen2ForCausalLM" : "LlamaForCausalLM");
     c->layers = p->layers;
     c->hidden = p->hidden;
     c->ffn = p->ffn;
@@ -131,7 +112,7 @@ static void fill(struct model_config *c, const struct preset *p) {
     c->vocab_rows = p->vocab_rows;
     c->tied = p->tied;
     c->qkv_bias = p->arch == ARCH_QWEN2;
-    c->norm_eps = p->norm_eps;
+    c->norm_eps = (float)p->norm_eps;
     c->rope_theta = p->rope_theta;
     c->max_positions = c->rope_original_positions = p->max_positions;
     if (strncmp(p->name, "llama-3.1", 9) == 0) {
