@@ -1,11 +1,12 @@
 /* engine.h: rank 0's continuous-batching engine, and the loop of every other rank.
  *
- *   submit ─► waiting queue ─► admit ─► plan ─► bcast ─► model_step ─► gather ─► think_step per row ─► events
+ *   submit ─► waiting queue ─► admit ─► plan ─► bcast ─► model_step ─► gather ─► think_step per row
+ * ─► events
  *
  * Rank 0 alone knows requests, policy, randomness and output; the others repeat what the plan says
- * (engine_follow). A sequence's output does not depend, byte for byte, on what else is in the batch, on chunk
- * size, on preemption, or on prefix-cache hits. After engine_new nothing is allocated in a tick, except by
- * engine_submit for the request itself. Thread: engine.
+ * (engine_follow). A sequence's output does not depend, byte for byte, on what else is in the
+ * batch, on chunk size, on preemption, or on prefix-cache hits. After engine_new nothing is
+ * allocated in a tick, except by engine_submit for the request itself. Thread: engine.
  */
 #ifndef SFUMATO_ENGINE_ENGINE_H
 #define SFUMATO_ENGINE_ENGINE_H
@@ -20,29 +21,37 @@
 typedef struct engine engine;
 
 struct engine_options {
-    int max_seqs;            /* sequences running at once */
-    int max_batched_tokens;  /* rows of one step */
-    int64_t max_model_len;   /* positions of one sequence */
+    int max_seqs;           /* sequences running at once */
+    int max_batched_tokens; /* rows of one step */
+    int64_t max_model_len;  /* positions of one sequence */
     int32_t page_count;
     bool prefix_cache;
-    int queue_max;           /* waiting sequences; 0 = no limit */
+    int queue_max;   /* waiting sequences; 0 = no limit */
+    int vocab_count; /* ids the tokenizer knows; 0 = every row of the matrix */
 };
+
+/* What the model and the backend must be able to do in one step (model_options, backend_config). */
+int engine_logit_rows_max(const struct engine_options *options);
+int engine_probes_max(const struct engine_options *options);
 
 typedef void (*engine_event_fn)(void *user, const struct engine_event *event);
 
 /* Rank 0. The event function runs inside engine_tick and may call engine_cancel. */
-enum status engine_new(model *m, comm *c, const struct engine_options *options, engine_event_fn on_event,
-                       void *user, engine **out);
+enum status engine_new(model *m, comm *c, const struct engine_options *options,
+                       engine_event_fn on_event, void *user, engine **out);
 void engine_free(engine *e);
 
-/* Copies and queues. STATUS_REQUEST: can never run (too long, n too large), with param; STATUS_BUSY: queue
- * full. */
+/* Copies and queues. STATUS_REQUEST: can never run (too long, n too large), with param;
+ * STATUS_BUSY: queue full. */
 enum status engine_submit(engine *e, const struct request *r);
-/* choice < 0: all choices. Gives an ENGINE_FINISHED event with FINISH_REASON_ABORT (not when called from the
- * choice's own step event with `quiet`: then nothing more comes). */
+/* choice < 0: all choices. Gives an ENGINE_FINISHED event with FINISH_REASON_ABORT (not when called
+ * from the choice's own step event with `quiet`: then nothing more comes). */
 void engine_cancel(engine *e, uint64_t request_id, int choice, bool quiet);
 /* Runs one step. False when there is nothing to do (nothing was sent to the other ranks). */
 bool engine_tick(engine *e);
+/* Evicts the youngest running sequence as if pages had run out; nothing it says may change by it. For tests
+ * (also: SFUMATO_FAULT=preempt:0:N, before tick N). */
+void engine_preempt(engine *e);
 /* Tells the other ranks to leave engine_follow. Once, after the last tick. */
 void engine_stop(engine *e);
 
@@ -50,7 +59,8 @@ void engine_stop(engine *e);
 void engine_follow(model *m, comm *c, const struct engine_options *options);
 
 struct engine_counters {
-    uint64_t steps, preemptions, prompt_tokens, cached_tokens, generated_tokens, soft_steps, full_fetches;
+    uint64_t steps, preemptions, prompt_tokens, cached_tokens, generated_tokens, soft_steps,
+        full_fetches;
     int running, waiting;
     int32_t pages_used, pages_cached, pages_free;
     double plan_seconds, forward_seconds, sample_seconds; /* per phase, summed */
@@ -59,7 +69,7 @@ struct engine_counters {
 void engine_counters_get(const engine *e, struct engine_counters *out);
 
 /* Bytes the engine's plans and gathers need at most, for comm_setup. */
-void engine_comm_needs(const struct engine_options *options, size_t *bcast_bytes, size_t *gather_bytes,
-                       int64_t vocab_local_max);
+void engine_comm_needs(const struct engine_options *options, size_t *bcast_bytes,
+                       size_t *gather_bytes, int64_t vocab_local_max);
 
 #endif

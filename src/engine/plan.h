@@ -1,8 +1,8 @@
 /* plan.h: the flat message rank 0 sends before each step; a POD without pointers.
  *
- * It can be logged, replayed, compared and fuzzed. One plan = header + arrays, each 8-byte aligned, at offsets
- * written in the header; plan_view checks every count and range before any rank uses it (a plan from a broken
- * peer must not crash the others).
+ * It can be logged, replayed, compared and fuzzed. One plan = header + arrays, each 8-byte aligned,
+ * at offsets written in the header; plan_view checks every count and range before any rank uses it
+ * (a plan from a broken peer must not crash the others).
  */
 #ifndef SFUMATO_ENGINE_PLAN_H
 #define SFUMATO_ENGINE_PLAN_H
@@ -26,10 +26,11 @@ struct plan_limits {
 
 size_t plan_bytes_max(const struct plan_limits *limits);
 /* Writes a batch (its arrays may live anywhere) into out[capacity]; returns the bytes used. */
-size_t plan_encode(enum plan_kind kind, uint64_t step, const struct batch *batch, int fetch_probe, void *out,
-                   size_t capacity);
-/* Points `batch` into bytes after checking all of it; STATUS_COMM when it breaks a rule (names which). */
-enum status plan_view(const void *bytes, size_t n, const struct plan_limits *limits, enum plan_kind *kind,
-                      uint64_t *step, int *fetch_probe, struct batch *batch);
+size_t plan_encode(enum plan_kind kind, uint64_t step, const struct batch *batch, int fetch_probe,
+                   void *out, size_t capacity);
+/* Points `batch` into bytes after checking all of it; STATUS_COMM when it breaks a rule (names
+ * which). */
+enum status plan_view(const void *bytes, size_t n, const struct plan_limits *limits,
+                      enum plan_kind *kind, uint64_t *step, int *fetch_probe, struct batch *batch);
 
 #endif

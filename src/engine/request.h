@@ -1,9 +1,9 @@
 /* request.h: what a request is, what comes back, and why it ended. The engine's public face.
  *
- * A request is one prompt and n choices; a choice is a sequence with its own thinking, answer and random
- * stream. Everything is resolved before it comes here: ids not text, numbers not defaults. The engine copies
- * a request; the caller may free it after engine_submit. Thread: engine (the service passes these through a
- * mailbox).
+ * A request is one prompt and n choices; a choice is a sequence with its own thinking, answer and
+ * random stream. Everything is resolved before it comes here: ids not text, numbers not defaults.
+ * The engine copies a request; the caller may free it after engine_submit. Thread: engine (the
+ * service passes these through a mailbox).
  */
 #ifndef SFUMATO_ENGINE_REQUEST_H
 #define SFUMATO_ENGINE_REQUEST_H
@@ -21,12 +21,13 @@ enum {
     REQUEST_TOP_LOGPROBS_MAX = 20,
 };
 
-/* Inputs of one sequence prefix, hard ids and concept tokens alike: CSR. begin == NULL: all hard ids. */
+/* Inputs of one sequence prefix, hard ids and concept tokens alike: CSR. begin == NULL: all hard
+ * ids. */
 struct request_inputs {
-    int64_t count;            /* positions */
-    const int32_t *begin;     /* [count + 1] into ids, weights; NULL: position i is ids[i], weight 1 */
+    int64_t count;        /* positions */
+    const int32_t *begin; /* [count + 1] into ids, weights; NULL: position i is ids[i], weight 1 */
     const uint32_t *ids;
-    const float *weights;     /* may be NULL when begin is NULL */
+    const float *weights; /* may be NULL when begin is NULL */
 };
 
 struct request_bias {
@@ -47,13 +48,19 @@ struct request {
     int bias_count;
     const struct request_bias *bias;
     bool logprobs;
-    int top_logprobs;               /* 0..REQUEST_TOP_LOGPROBS_MAX */
+    int top_logprobs; /* 0..REQUEST_TOP_LOGPROBS_MAX */
     /* score: no generation. Every position of `prompt` gives one ENGINE_SCORED event with H (at
      * think.thinking.temperature), the top `top_logprobs` at T = 1 and ln p of the next element. */
     bool score;
 };
 
-enum finish { FINISH_REASON_NONE, FINISH_REASON_STOP, FINISH_REASON_LENGTH, FINISH_REASON_ABORT, FINISH_REASON_ERROR };
+enum finish {
+    FINISH_REASON_NONE,
+    FINISH_REASON_STOP,
+    FINISH_REASON_LENGTH,
+    FINISH_REASON_ABORT,
+    FINISH_REASON_ERROR
+};
 const char *finish_name(enum finish f); /* "stop", "length", "abort", "error" */
 
 struct request_usage {
@@ -75,7 +82,7 @@ struct engine_event {
     /* ENGINE_STEP */
     uint32_t step;
     const struct think_decision *decision;
-    float logprob;                        /* of the trace id, T = 1, raw logits; NAN if not asked */
+    float logprob; /* of the trace id, T = 1, raw logits; NAN if not asked */
     int top_count;
     const struct logprob_entry *top;
     /* ENGINE_FINISHED */
@@ -84,12 +91,12 @@ struct engine_event {
     bool stopped_by_id;
     uint32_t stop_id;
     enum think_end thinking_end;
-    double mean_entropy;                  /* NAN without thinking steps */
+    double mean_entropy; /* NAN without thinking steps */
     struct request_usage usage;
     /* ENGINE_SCORED */
     int64_t position;
     float entropy;
-    double next_logprob;                  /* NAN at the end */
+    double next_logprob; /* NAN at the end */
 };
 
 #endif

@@ -1,0 +1,282 @@
+/* engine.c: see engine.h. The life of requests on rank 0, and the tick.
+ *
+ *   submit: check ─► copy (task) ─► sequences into the queue, or held for a shared thought
+ *   tick:   sched_plan ─► assembly_make ─► step_send ─► step_forward ─► sched_computed ─► decide_row each
+ *   end:    pages back, last event; the task is freed once all its sequences are done and no tick runs
+ *
+ * A callback may cancel anything at any time, so whoever holds a sequence across an event looks at its state
+ * again; memory stays until the end of the tick. Thread: engine. Memory: all fixed arrays in engine_new;
+ * a task per request; what grows is named in sequence.h.
+ */
+#include "engine/engine.h"
+
+#include <math.h>
+#include <stdlib.h>
+#include <sys/random.h>
+#include <time.h>
+
+#include "base/fault.h"
+#include "engine/engine_parts.h"
+
+static double now_seconds(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
+static enum status check_options(const struct engine_options *o, int vocab_rows) {
+    if (o->max_seqs < 1)
+        return fail(STATUS_USAGE, "--max-num-seqs is %d, must be at least 1", o->max_seqs);
+    if (o->max_batched_tokens < 1)
+        return fail(STATUS_USAGE, "--max-num-batched-tokens is %d, must be at least 1",
+                    o->max_batched_tokens);
+    if (o->page_count < 1)
+        return fail(STATUS_USAGE, "the KV cache has %d pages: raise --kv-memory", o->page_count);
+    if (o->max_model_len < 1 || o->max_model_len > CONFIG_POSITION_MAX)
+        return fail(STATUS_USAGE, "--max-model-len is %lld, must be from 1 to %d",
+                    (long long)o->max_model_len, CONFIG_POSITION_MAX);
+    if (o->queue_max < 0 || o->vocab_count < 0 || o->vocab_count > vocab_rows)
+        return fail(STATUS_USAGE, "queue limit %d or vocabulary size %d is impossible (%d rows)",
+                    o->queue_max, o->vocab_count, vocab_rows);
+    return STATUS_OK;
+}
+
+enum status engine_new(model *m, comm *c, const struct engine_options *options,
+                       engine_event_fn on_event, void *user, engine **out) {
+    *out = NULL;
+    const struct model_config *config = model_get_config(m);
+    TRY(check_options(options, config->vocab_rows));
+    engine *e = calloc(1, sizeof *e);
+    if (!e) return fail(STATUS_MEMORY, "no memory for the engine");
+    enum status status = STATUS_OK;
+    e->model = m;
+    e->comm = c;
+    e->options = step_options(options);
+    if (e->options.vocab_count == 0) e->options.vocab_count = config->vocab_rows;
+    e->on_event = on_event;
+    e->user = user;
+    uint64_t seed = 0; /* prefix keys only: results do not depend on it */
+    if (getrandom(&seed, sizeof seed, 0) != (ssize_t)sizeof seed)
+        seed = (uint64_t)(1e9 * now_seconds());
+    TRY_GOTO(step_init(&e->rank, m, c, options), out);
+    TRY_GOTO(
+        sched_init(&e->sched, &e->rank.limits, e->options.max_seqs, e->options.prefix_cache, seed),
+        out);
+    TRY_GOTO(assembly_init(&e->assembly, &e->rank.limits), out);
+    const size_t vocab = (size_t)e->options.vocab_count;
+    e->full_keys = malloc(2 * vocab * sizeof *e->full_keys);
+    e->full_z = malloc(vocab * sizeof *e->full_z);
+    e->full_id = malloc(vocab * sizeof *e->full_id);
+    if (!e->full_keys || !e->full_z || !e->full_id) {
+        status = fail(STATUS_MEMORY, "no memory for a row of %zu logits", vocab);
+        goto out;
+    }
+    const int ranks = comm_size(c), slabs = model_get_shard(m)->slabs;
+    ASSERT_LE(ranks, MERGE_RANKS_MAX);
+    for (int r = 0; r <= ranks; r++)
+        e->vocab_begin[r] = shard_slab_begin(r * slabs / ranks, config->vocab_rows, slabs);
+    *out = e;
+    return STATUS_OK;
+out:
+    engine_free(e);
+    return status;
+}
+
+void engine_free(engine *e) {
+    if (!e) return;
+    while (e->tasks) {
+        struct task *t = e->tasks;
+        e->tasks = t->next;
+        task_free(t);
+    }
+    sched_fini(&e->sched);
+    assembly_fini(&e->assembly);
+    step_fini(&e->rank);
+    free(e->full_keys);
+    free(e->full_z);
+    free(e->full_id);
+    free(e);
+}
+
+/* --- submit ----------------------------------------------------------------------------------------- */
+
+static struct task *find_task(const engine *e, uint64_t id) {
+    struct task *t = e->tasks;
+    while (t && (t->request.id != id || t->live_count == 0)) t = t->next;
+    return t;
+}
+
+static enum status check_length(const engine *e, const struct request *r) {
+    const int64_t limit = e->options.max_model_len, prompt = r->prompt.count,
+                  completion = r->max_tokens;
+    if (completion <= limit && prompt <= limit - completion) return STATUS_OK;
+    const char *param = prompt >= limit ? "prompt" : "max_tokens";
+    return fail_param(
+        STATUS_REQUEST, param, "context_length_exceeded",
+        "This model's maximum context length is %lld tokens. However, you requested %lld tokens "
+        "(%lld in the messages, %lld in the completion)",
+        (long long)limit, (long long)(prompt + completion), (long long)prompt,
+        (long long)completion);
+}
+
+static enum status check_queue(const engine *e, int n) {
+    if (e->options.queue_max == 0) return STATUS_OK;
+    const int64_t room = (int64_t)e->options.queue_max + e->options.max_seqs;
+    if (n > room)
+        return fail_param(STATUS_REQUEST, "n", NULL,
+                          "n is %d, at most %lld sequences can be held at once", n,
+                          (long long)room);
+    if (e->sched.waiting_count + e->sched.running_count + e->held_count + n > room)
+        return fail(STATUS_BUSY, "%d sequences are running and %d waiting: try again later",
+                    e->sched.running_count, e->sched.waiting_count + e->held_count);
+    return STATUS_OK;
+}
+
+enum status engine_submit(engine *e, const struct request *r) {
+    TRY(request_check(r, e->options.vocab_count));
+    TRY(check_length(e, r));
+    TRY(check_queue(e, r->choices));
+    if (find_task(e, r->id))
+        return fail_param(STATUS_REQUEST, "request_id", NULL,
+                          "a request with id %llu is still running", (unsigned long long)r->id);
+    struct task *t = task_new(r);
+    if (!t) return STATUS_MEMORY;
+    t->next = e->tasks;
+    if (e->tasks) e->tasks->prev = t;
+    e->tasks = t;
+    for (int i = 0; i < t->sequence_count; i++) {
+        struct sequence *s = &t->sequences[i];
+        s->arrival = e->arrivals++;
+        if (i > 0 && t->sharing != SHARING_NONE) {
+            s->state = SEQUENCE_HELD;
+            e->held_count++;
+        } else {
+            sched_enqueue(&e->sched, s);
+        }
+    }
+    return STATUS_OK;
+}
+
+/* --- ends ------------------------------------------------------------------------------------------- */
+
+static void free_finished_tasks(engine *e) {
+    if (e->in_tick || e->finished_tasks == 0) return;
+    for (struct task *t = e->tasks, *next; t; t = next) {
+        next = t->next;
+        if (t->live_count > 0) continue;
+        *(t->prev ? &t->prev->next : &e->tasks) = t->next;
+        if (t->next) t->next->prev = t->prev;
+        task_free(t);
+    }
+    e->finished_tasks = 0;
+}
+
+void engine_emit_step(engine *e, struct sequence *s, const struct step_report *report) {
+    if (s->muted) return;
+    const struct engine_event event = {.kind = ENGINE_STEP,
+                                       .request_id = s->task->request.id,
+                                       .choice = s->choice,
+                                       .step = report->step,
+                                       .decision = report->decision,
+                                       .logprob = report->logprob,
+                                       .top_count = report->top_count,
+                                       .top = report->top};
+    e->on_event(e->user, &event);
+}
+
+static void emit_finished(engine *e, const struct sequence *s, const struct ending *ending) {
+    const struct think_state *thought = &s->thought;
+    struct engine_event event = {.kind = ENGINE_FINISHED,
+                                 .request_id = s->task->request.id,
+                                 .choice = s->choice,
+                                 .finish = ending->finish,
+                                 .loop_break = ending->loop_break,
+                                 .stopped_by_id = ending->stopped_by_id,
+                                 .stop_id = ending->stop_id,
+                                 .thinking_end = thought->end,
+                                 .mean_entropy = NAN};
+    if (thought->thinking_steps > 0)
+        event.mean_entropy = thought->entropy_sum / (double)thought->thinking_steps;
+    sequence_usage(s, &event.usage);
+    e->on_event(e->user, &event);
+}
+
+void engine_end(engine *e, struct sequence *s, const struct ending *ending, bool quiet) {
+    struct task *t = s->task;
+    if (s->state == SEQUENCE_HELD) e->held_count--;
+    sched_remove(&e->sched,
+                 s); /* state DONE: whoever cancels it from the event below finds it gone */
+    if (--t->live_count == 0) e->finished_tasks++;
+    if (!quiet && !s->muted) emit_finished(e, s, ending);
+}
+
+static void cancel_one(engine *e, struct sequence *s, bool quiet) {
+    static const struct ending aborted = {.finish = FINISH_REASON_ABORT};
+    if (s->state == SEQUENCE_DONE || s->muted) return;
+    if (share_needs(s)) {
+        s->muted = true;
+        if (!quiet) emit_finished(e, s, &aborted);
+    } else {
+        engine_end(e, s, &aborted, quiet);
+    }
+    struct sequence *thinker = &s->task->sequences[0];
+    if (thinker->muted && thinker->state != SEQUENCE_DONE && !share_needs(thinker))
+        engine_end(e, thinker, &aborted, true);
+}
+
+void engine_cancel(engine *e, uint64_t request_id, int choice, bool quiet) {
+    struct task *t = find_task(e, request_id);
+    if (!t || choice >= t->sequence_count) return;
+    if (choice >= 0) {
+        cancel_one(e, &t->sequences[choice], quiet);
+    } else {
+        const bool outside = !e->in_tick;
+        e->in_tick = true; /* keeps the task alive while it is walked */
+        for (int i = t->sequence_count - 1; i >= 0; i--) cancel_one(e, &t->sequences[i], quiet);
+        if (outside) e->in_tick = false;
+    }
+    free_finished_tasks(e);
+}
+
+void engine_preempt(engine *e) { sched_preempt_youngest(&e->sched); }
+
+/* --- tick ------------------------------------------------------------------------------------------- */
+
+bool engine_tick(engine *e) {
+    if (e->sched.waiting_count + e->sched.running_count == 0) return false;
+    const double begin = now_seconds();
+    e->in_tick = true;
+    if (fault_hit("preempt")) engine_preempt(e);
+    sched_plan(&e->sched);
+    ASSERT_LT(0, e->sched.work_count);
+    assembly_make(&e->assembly, e->sched.works, e->sched.work_count);
+    step_send(&e->rank, PLAN_STEP, e->step, &e->assembly.batch, 0);
+    const double planned = now_seconds();
+    const void *gathered = step_forward(&e->rank, &e->assembly.batch);
+    const double computed = now_seconds();
+    sched_computed(&e->sched);
+    for (int i = 0; i < e->assembly.ask_count; i++) decide_row(e, &e->assembly.asks[i], gathered);
+    e->step++;
+    e->in_tick = false;
+    free_finished_tasks(e);
+    e->counters.plan_seconds += planned - begin;
+    e->counters.forward_seconds += computed - planned;
+    e->counters.sample_seconds += now_seconds() - computed;
+    return true;
+}
+
+void engine_stop(engine *e) { step_send(&e->rank, PLAN_STOP, e->step, NULL, 0); }
+
+void engine_counters_get(const engine *e, struct engine_counters *out) {
+    const kv_pool *pool = e->sched.pool;
+    *out = e->counters;
+    out->steps = e->step;
+    out->preemptions = e->sched.preemptions;
+    out->prompt_tokens = e->sched.prompt_tokens;
+    out->cached_tokens = e->sched.cached_tokens;
+    out->running = e->sched.running_count;
+    out->waiting = e->sched.waiting_count + e->held_count;
+    out->pages_used = kv_pool_used(pool);
+    out->pages_cached = kv_pool_cached(pool);
+    out->pages_free = kv_pool_available(pool) - out->pages_cached;
+}

@@ -1,0 +1,66 @@
+/* engine_parts.h: what engine.c, decide.c and share.c know of one another (engine-internal, rank 0).
+ *
+ *   engine.c   life: new, submit, cancel, tick, counters
+ *   decide.c   one row's answer: merge ─► think_step ─► books ─► events
+ *   share.c    one thinking, n answers: whose events the others repeat, when they part
+ */
+#ifndef SFUMATO_ENGINE_PARTS_H
+#define SFUMATO_ENGINE_PARTS_H
+
+#include "engine/assembly.h"
+#include "engine/engine.h"
+#include "engine/merge.h"
+#include "engine/sched.h"
+#include "engine/step.h"
+
+struct engine {
+    model *model;
+    comm *comm;
+    struct engine_options options; /* as step_options cut them */
+    engine_event_fn on_event;
+    void *user;
+    struct step_rank rank;
+    struct sched sched;
+    struct assembly assembly;
+    int64_t vocab_begin[MERGE_RANKS_MAX + 1]; /* first id of each rank */
+    struct task *tasks;                       /* live requests */
+    uint64_t arrivals, step;
+    int held_count, finished_tasks; /* sequences waiting for a shared thought; tasks to free */
+    bool in_tick;
+    struct engine_counters counters;
+    /* the slow path */
+    uint64_t *full_keys; /* [2 V] */
+    float *full_z;       /* [V] */
+    uint32_t *full_id;   /* [V] */
+};
+
+/* What an answered step says to the outside, besides the decision. */
+struct step_report {
+    uint32_t step;
+    const struct think_decision *decision;
+    float logprob;
+    int top_count;
+    const struct logprob_entry *top;
+};
+struct ending {
+    enum finish finish;
+    bool loop_break, stopped_by_id;
+    uint32_t stop_id;
+};
+
+/* engine.c */
+void engine_emit_step(struct engine *e, struct sequence *s, const struct step_report *report);
+/* Releases everything of the sequence and, unless quiet, sends its last event. */
+void engine_end(struct engine *e, struct sequence *s, const struct ending *ending, bool quiet);
+
+/* decide.c: answers one row. gathered: [R][probes] records. */
+void decide_row(struct engine *e, const struct ask *ask, const void *gathered);
+
+/* share.c: after choice 0 of a sharing task was decided (and its event sent). ending: NULL while it goes on. */
+void share_step(struct engine *e, struct sequence *s, const struct step_report *report);
+void share_after_step(struct engine *e, struct sequence *s, const struct think_decision *d,
+                      const struct ending *ending);
+/* Choice 0 may leave only quietly while others need its thinking. */
+bool share_needs(const struct sequence *s);
+
+#endif

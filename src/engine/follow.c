@@ -1,0 +1,27 @@
+/* follow.c: the whole life of every rank but 0: obey plans until told to stop.
+ *
+ * A plan that breaks a rule ends the job: this rank could only guess, and the others would wait for
+ * it. Thread: engine. Memory: taken before the first plan.
+ */
+#include "base/check.h"
+#include "engine/engine.h"
+#include "engine/step.h"
+
+void engine_follow(model *m, comm *c, const struct engine_options *options) {
+    struct step_rank r;
+    if (step_init(&r, m, c, options) != STATUS_OK) comm_abort(c, STATUS_MEMORY, fail_text());
+    for (;;) {
+        const void *bytes;
+        const size_t n = comm_bcast(c, NULL, 0, &bytes);
+        enum plan_kind kind;
+        uint64_t step;
+        int probe;
+        struct batch batch;
+        if (plan_view(bytes, n, &r.limits, &kind, &step, &probe, &batch) != STATUS_OK)
+            comm_abort(c, STATUS_COMM, fail_text());
+        if (kind == PLAN_STOP) break;
+        if (kind == PLAN_STEP) step_forward(&r, &batch);
+        if (kind == PLAN_FETCH) step_fetch(&r, &batch, probe);
+    }
+    step_fini(&r);
+}
