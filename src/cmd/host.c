@@ -1,0 +1,335 @@
+/* host.c: see host.h. */
+#include "cmd/host.h"
+
+#include <limits.h>
+#include <sched.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include "base/log.h"
+
+/* ---- joining ---- */
+
+/* Under mpirun the helper is wanted once; this is known from the launcher before MPI_Init. */
+static bool launched_as_other_rank(void) {
+    const char *rank = getenv("OMPI_COMM_WORLD_RANK");
+    if (!rank) rank = getenv("PMIX_RANK");
+    return rank && strcmp(rank, "0") != 0;
+}
+
+static enum status set_log(struct host *h) {
+    static const enum log_level levels[] = {LOG_DEBUG, LOG_INFO, LOG_WARN, LOG_ERROR, LOG_OFF};
+    const enum log_level level = levels[h->params.log_level];
+    log_init(h->params.quiet && level < LOG_WARN ? LOG_WARN : level, h->params.log_json);
+    log_set_rank(h->rank);
+    return STATUS_OK;
+}
+
+enum status host_join(struct host *h, const struct command *command, int argc, char **argv) {
+    h->command = command->bit;
+    h->start = h->phase_start = progress_clock();
+    if (!launched_as_other_rank()) TRY(chat_helper_start(&h->helper));
+    TRY(comm_open(&argc, &argv, &h->comm));
+    h->rank = comm_rank(h->comm);
+    h->ranks = comm_size(h->comm);
+    if (h->rank > 0) {
+        chat_helper_stop(h->helper);
+        h->helper = NULL;
+    }
+    const enum status status = params_parse(&h->params, command->bit, argc, argv);
+    TRY(comm_agree(h->comm, status));
+    if (h->params.help) {
+        char program[64];
+        snprintf(program, sizeof program, "sfumato %s", command->name);
+        if (h->rank == 0)
+            params_help(command->bit, program, command->usage, command->about, stdout);
+        return STATUS_END;
+    }
+    return set_log(h);
+}
+
+enum status host_phase(struct host *h, enum status mine, const char *what, const char *detail) {
+    TRY(comm_agree(h->comm, mine));
+    const double now = progress_clock();
+    log_info("%s%s%s: %.2f s", what, detail ? " " : "", detail ? detail : "", now - h->phase_start);
+    h->phase_start = now;
+    return STATUS_OK;
+}
+
+/* ---- the model's files ---- */
+
+static bool is_there(const char *path) {
+    struct stat facts;
+    return stat(path, &facts) == 0;
+}
+
+/* models/tiny beside the build folder, or where `install` puts it. */
+static enum status default_model(char path[PATH_MAX]) {
+    char self[PATH_MAX];
+    const ssize_t n = readlink("/proc/self/exe", self, sizeof self - 1);
+    static const char *const places[] = {"../models/tiny", "../share/sfumato/models/tiny"};
+    if (n > 0) {
+        self[n] = '\0';
+        *strrchr(self, '/') = '\0';
+        for (int i = 0; i < 2; i++) {
+            if (snprintf(path, PATH_MAX, "%s/%s", self, places[i]) >= PATH_MAX) continue;
+            if (is_there(path)) return STATUS_OK;
+        }
+    }
+    return fail(STATUS_USAGE,
+                "the embedded model (models/tiny) is not beside this program: pass --model PATH");
+}
+
+static void name_model(struct host *h, const char *path) {
+    char full[PATH_MAX];
+    if (!realpath(path, full)) snprintf(full, sizeof full, "%s", path);
+    const char *slash = strrchr(full, '/');
+    snprintf(h->model_name, sizeof h->model_name, "%.255s", slash && slash[1] ? slash + 1 : full);
+    char *dot = strstr(h->model_name, ".gguf");
+    if (dot && !dot[5]) *dot = '\0';
+}
+
+static enum status open_source(struct host *h) {
+    char path[PATH_MAX];
+    if (h->params.model) {
+        snprintf(path, sizeof path, "%s", h->params.model);
+    } else {
+        TRY(default_model(path));
+    }
+    TRY(source_open(path, &h->source));
+    name_model(h, h->source->path);
+    return STATUS_OK;
+}
+
+/* What other ranks must know of rank 0's tokenizer. */
+struct text_facts {
+    int vocab_count, open_id, close_id, eos_count;
+    int32_t eos_ids[THINK_EOS_MAX];
+};
+
+enum status host_open_text(struct host *h) {
+    TRY(host_phase(h, open_source(h), "model files", NULL));
+    const enum status status = h->rank == 0 ? host_open_tokenizer(h) : STATUS_OK;
+    TRY(host_phase(h, status, "tokenizer", NULL));
+    struct text_facts facts = {
+        h->facts.vocab_count, h->facts.open_id, h->facts.close_id, h->facts.eos_count, {0}};
+    memcpy(facts.eos_ids, h->facts.eos_ids, sizeof facts.eos_ids);
+    comm_share(h->comm, &facts, sizeof facts);
+    h->facts.vocab_count = facts.vocab_count;
+    h->facts.open_id = facts.open_id;
+    h->facts.close_id = facts.close_id;
+    h->facts.eos_count = facts.eos_count;
+    memcpy(h->facts.eos_ids, facts.eos_ids, sizeof facts.eos_ids);
+    return STATUS_OK;
+}
+
+/* ---- the loaded model ---- */
+
+void host_plan_model(struct host *h) {
+    const struct params *p = &h->params;
+    const struct model_config *c = &h->source->config;
+    const bool f32 = p->dtype == 0 ? c->file_dtype == DTYPE_F32 : p->dtype == 1;
+    h->engine_options = (struct engine_options){
+        .max_seqs = (int)p->max_num_seqs,
+        .max_batched_tokens =
+            (int)(p->max_num_batched_tokens > p->max_num_seqs ? p->max_num_batched_tokens
+                                                              : p->max_num_seqs),
+        .max_model_len = p->max_model_len > 0 ? p->max_model_len : c->max_positions,
+        .prefix_cache = p->prefix_cache == 0,
+        .vocab_count = h->facts.vocab_count > 0 ? h->facts.vocab_count : c->vocab_rows,
+    };
+    h->model_options = (struct model_options){
+        .weight_dtype = f32 ? BACKEND_F32 : BACKEND_BF16,
+        .kv_dtype = p->kv_dtype == 0 ? (f32 ? BACKEND_F32 : BACKEND_BF16)
+                                     : (p->kv_dtype == 1 ? BACKEND_F32 : BACKEND_BF16),
+        .slabs = p->slabs > 0 ? (int)p->slabs : shard_default_slabs(h->ranks),
+        .rows_max = h->engine_options.max_batched_tokens,
+        .logit_rows_max = engine_logit_rows_max(&h->engine_options),
+        .max_positions = (int)h->engine_options.max_model_len,
+        .vocab_count = h->engine_options.vocab_count,
+    };
+}
+
+static enum status check_options(struct host *h) {
+    const struct model_config *c = &h->source->config;
+    struct shard_dims dims;
+    if (h->params.max_model_len > c->max_positions) {
+        return fail(STATUS_USAGE,
+                    "--max-model-len %lld: the model was made for at most %d positions",
+                    (long long)h->params.max_model_len, c->max_positions);
+    }
+    if (h->params.backend == 2 && h->params.isa > 1) {
+        return fail(STATUS_USAGE, "--backend cpu-scalar contradicts --isa %s",
+                    param_word(&h->params, PARAM_isa));
+    }
+    config_shard_dims(c, &dims);
+    return shard_check(&dims, h->model_options.slabs, h->ranks);
+}
+
+static enum status open_backend(struct host *h) {
+    const struct params *p = &h->params;
+    struct backend_config *config = &h->backend_config;
+    *config = (struct backend_config){
+        .isa = p->backend == 2 ? ISA_SCALAR : (enum backend_isa)p->isa,
+        .numerics = p->numerics == 1 ? NUMERICS_FMA : NUMERICS_AUTO,
+        .threads = (int)p->threads,
+        .local_rank = comm_local_rank(h->comm),
+        .local_ranks = comm_local_size(h->comm),
+        .rows_max = h->model_options.rows_max,
+        .logit_rows_max = h->model_options.logit_rows_max,
+        .probes_max = engine_probes_max(&h->engine_options),
+    };
+    config->numerics = (enum backend_numerics)comm_agree_min(h->comm, (int)cpu_numerics(config));
+    cpu_set_t allowed;
+    if (p->threads > 0 && sched_getaffinity(0, sizeof allowed, &allowed) == 0) {
+        const int wanted = (int)p->threads * comm_local_size(h->comm), cores = CPU_COUNT(&allowed);
+        if (cores < wanted) {
+            log_warn(
+                "%d threads in all on %d allowed cores: lower --threads, or pass --bind-to none to "
+                "mpirun",
+                wanted, cores);
+        }
+    }
+    return cpu_open(config, &h->backend);
+}
+
+/* FNV-1a of the fields a rank must share, as text: struct padding must not count. */
+static uint64_t config_digest(const struct host *h) {
+    const struct model_config *c = &h->source->config;
+    char text[512];
+    const int n =
+        snprintf(text, sizeof text,
+                 "%s %d %d %d %d %d %d %d %d %d %d %.9g %d %.17g %.17g %d %d %d %lld %lld %d %d",
+                 c->arch_name, c->arch, c->layers, c->hidden, c->ffn, c->heads, c->kv_heads,
+                 c->head_dim, c->vocab_rows, c->tied, c->qkv_bias * 2 + c->qk_norm,
+                 (double)c->norm_eps, c->rope, c->rope_theta, c->rope_factor, c->max_positions,
+                 h->model_options.weight_dtype, h->model_options.kv_dtype,
+                 (long long)h->source->total_bytes, (long long)h->engine_options.max_model_len,
+                 h->engine_options.vocab_count, h->model_options.slabs);
+    uint64_t digest = 0xcbf29ce484222325u;
+    for (int i = 0; i < n; i++) digest = (digest ^ (unsigned char)text[i]) * 0x100000001b3u;
+    return digest;
+}
+
+static enum status agree_on_everything(struct host *h) {
+    const char build[] = SFUMATO_VERSION " " __VERSION__;
+    const uint64_t options = params_digest(&h->params), config = config_digest(h);
+    TRY(comm_agree_equal(h->comm, "build", build, sizeof build));
+    TRY(comm_agree_equal(h->comm, "options", &options, sizeof options));
+    return comm_agree_equal(h->comm, "model configuration", &config, sizeof config);
+}
+
+static void on_load(void *user, int64_t done, int64_t total) {
+    struct progress *progress = user;
+    char note[64], bytes[32];
+    const double seconds = progress_clock() - progress->start;
+    progress->total = total;
+    snprintf(note, sizeof note, "%s/s",
+             progress_bytes(seconds > 0 ? (double)done / seconds : 0, bytes));
+    progress_update(progress, done, note);
+}
+
+static enum status load_weights(struct host *h) {
+    struct progress progress;
+    progress_begin(&progress, "loading weights", h->source->total_bytes,
+                   h->rank == 0 && !h->params.quiet);
+    const enum status status = model_open(h->source, &h->model_options, h->backend, h->comm,
+                                          on_load, &progress, &h->model);
+    progress_end(&progress);
+    char detail[96], bytes[32], rate[32];
+    const double seconds = progress_clock() - progress.start;
+    snprintf(
+        detail, sizeof detail, "(%s on rank 0, %s/s)",
+        progress_bytes((double)h->backend->weight_bytes, bytes),
+        progress_bytes((double)h->backend->weight_bytes / (seconds > 1e-9 ? seconds : 1e-9), rate));
+    return host_phase(h, status, "weights", detail);
+}
+
+static enum status setup_comm(struct host *h) {
+    static const enum comm_kind kinds[] = {COMM_AUTO, COMM_MPI, COMM_NCCL, COMM_FUSED};
+    struct comm_config config = {
+        .kind = kinds[h->params.comm],
+        .slot_floats = (size_t)h->model_options.rows_max * (size_t)h->source->config.hidden,
+        .timeout_seconds = h->params.collective_timeout,
+    };
+    engine_comm_needs(&h->engine_options, &config.bcast_bytes_max, &config.gather_bytes_max,
+                      model_vocab_local_max(h->model));
+    if (config.gather_bytes_max < 4096) config.gather_bytes_max = 4096; /* the memory table below */
+    return comm_setup(h->comm, &config);
+}
+
+/* One line a rank: where it is and what it holds. */
+struct rank_row {
+    char name[64];
+    int local_rank, threads, slab_begin, slab_count;
+    int64_t weight_bytes, kv_bytes, scratch_bytes, resident_bytes;
+};
+
+static void log_ranks(struct host *h) {
+    struct rank_row row = {.local_rank = comm_local_rank(h->comm),
+                           .threads = h->backend->threads,
+                           .slab_begin = model_get_shard(h->model)->slab_begin,
+                           .slab_count = model_get_shard(h->model)->slab_count,
+                           .weight_bytes = (int64_t)h->backend->weight_bytes,
+                           .kv_bytes = (int64_t)h->backend->kv_bytes,
+                           .scratch_bytes = (int64_t)h->backend->scratch_bytes,
+                           .resident_bytes = host_peak_bytes()};
+    if (gethostname(row.name, sizeof row.name - 1) != 0) snprintf(row.name, sizeof row.name, "?");
+    const struct rank_row *all = comm_gather(h->comm, &row, sizeof row);
+    for (int r = 0; all && r < h->ranks; r++) {
+        char weights[32], kv[32], scratch[32], resident[32];
+        log_info(
+            "rank %d on %s: slabs %d..%d of %d, %d thread%s, weights %s, KV cache %s, scratch %s, "
+            "resident %s",
+            r, all[r].name, all[r].slab_begin, all[r].slab_begin + all[r].slab_count - 1,
+            h->model_options.slabs, all[r].threads, all[r].threads == 1 ? "" : "s",
+            progress_bytes((double)all[r].weight_bytes, weights),
+            progress_bytes((double)all[r].kv_bytes, kv),
+            progress_bytes((double)all[r].scratch_bytes, scratch),
+            progress_bytes((double)all[r].resident_bytes, resident));
+    }
+}
+
+enum status host_open_model(struct host *h) {
+    host_plan_model(h);
+    TRY(comm_agree(h->comm, check_options(h)));
+    TRY(comm_agree(h->comm, open_backend(h)));
+    TRY(host_plan_memory(h));
+    TRY(agree_on_everything(h));
+    TRY(host_phase(h, STATUS_OK, "compute backend", backend_isa_name(h->backend->isa)));
+    TRY(load_weights(h));
+    TRY(host_phase(h, setup_comm(h), "communication", comm_path_name(h->comm)));
+    TRY(host_phase(h, model_kv_new(h->model, h->engine_options.page_count), "KV cache", NULL));
+    log_ranks(h);
+    const double tokens = 64.0 * h->engine_options.page_count;
+    log_info("KV cache size: %.0f tokens", tokens);
+    log_info("Maximum concurrency for %lld tokens per request: %.2fx",
+             (long long)h->engine_options.max_model_len,
+             tokens / (double)h->engine_options.max_model_len);
+    log_info("ready: %s, %d rank%s, %s, %s weights, numeric class %s, %.2f s", h->model_name,
+             h->ranks, h->ranks == 1 ? "" : "s", backend_isa_name(h->backend->isa),
+             h->model_options.weight_dtype == BACKEND_F32 ? "f32" : "bf16",
+             backend_numerics_name(h->backend->numerics), progress_clock() - h->start);
+    return STATUS_OK;
+}
+
+/* ---- leaving ---- */
+
+int host_leave(struct host *h, enum status status) {
+    struct fault fault = *fail_last();
+    if (h->model) model_close(h->model);
+    if (h->backend) h->backend->ops->close(h->backend);
+    chat_close(h->chat);
+    tokenizer_close(h->tokenizer);
+    source_close(h->source);
+    chat_helper_stop(h->helper);
+    if (status != STATUS_OK && status != STATUS_END && h->rank == 0) {
+        log_failure(fault.status == status ? fault.text : status_name(status));
+    }
+    comm_close(h->comm);
+    params_fini(&h->params);
+    return status == STATUS_END ? 0 : status == STATUS_REQUEST ? STATUS_USAGE : (int)status;
+}

@@ -1,0 +1,76 @@
+/* host.h: what every command needs before and after its own work: the job, the options, the model.
+ *
+ *   host_join       chat helper ─► comm ─► options          all ranks
+ *   host_open_text  model files ─► tokenizer ─► template    facts shared by rank 0
+ *   host_open_model slabs ─► backend ─► pages ─► weights ─► communication ─► KV cache ─► "ready"
+ *   host_leave      tear down in reverse, one message, exit code
+ *
+ * Start-up is collective: each phase ends in comm_agree, so that all ranks stop together with the first
+ * failing rank's message (architecture.md §5). Owns: everything below, in the order it was opened.
+ * Refuses to know: what the command does with it. Thread: main = engine thread of the rank.
+ */
+#ifndef SFUMATO_CMD_HOST_H
+#define SFUMATO_CMD_HOST_H
+
+#include "backend/backend.h"
+#include "base/params.h"
+#include "base/progress.h"
+#include "comm/comm.h"
+#include "engine/engine.h"
+#include "load/source.h"
+#include "model/model.h"
+#include "serve/body.h"
+#include "text/chat.h"
+#include "text/tokenizer.h"
+
+struct host {
+    enum params_command command;
+    struct params params;
+    chat_helper *helper; /* rank 0; NULL without python3 and jinja2 */
+    comm *comm;
+    int rank, ranks;
+    source *source;
+    tokenizer *tokenizer; /* rank 0 only */
+    chat *chat;           /* rank 0 only; NULL without a usable template */
+    backend *backend;
+    model *model;
+    char model_name[256];
+    /* Rank 0: complete. Other ranks: vocab_count and ids only. */
+    struct body_facts facts;
+    struct backend_config backend_config;
+    struct model_options model_options;
+    struct engine_options engine_options;
+    struct model_need need; /* of this rank */
+    double start, phase_start;
+};
+
+/* One command of the program. */
+struct command {
+    const char *name;
+    enum params_command bit;
+    const char *usage, *about;
+    /* Called on every rank. A failure of rank 0 alone must first release the others. */
+    enum status (*run)(struct host *h);
+};
+
+enum status host_join(struct host *h, const struct command *command, int argc, char **argv);
+enum status host_open_text(struct host *h);
+/* A model whose source is open. With synthetic weights there is no tokenizer. */
+enum status host_open_model(struct host *h);
+/* Takes the command's status and returns the exit code. Prints the last failure, once for all ranks. */
+int host_leave(struct host *h, enum status status);
+
+/* Collective end of a start-up phase: agreement, then a log line "what: seconds" (detail may be NULL). */
+enum status host_phase(struct host *h, enum status mine, const char *what, const char *detail);
+/* Options that go into model_need, without opening anything: also for `inspect`. */
+void host_plan_model(struct host *h);
+
+/* host_text.c */
+enum status host_open_tokenizer(struct host *h);
+/* host_memory.c: max_model_len and page_count from the memory there is. Collective. */
+enum status host_plan_memory(struct host *h);
+/* Bytes this host can still give, cgroup limits included. */
+int64_t host_free_bytes(void);
+int64_t host_peak_bytes(void); /* of this process: peak resident size */
+
+#endif

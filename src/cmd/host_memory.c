@@ -1,0 +1,108 @@
+/* host_memory.c: how long sequences may be and how many KV pages there are, from the memory there is.
+ *
+ *   free memory of the host / its ranks  =  weights + scratch + KV pages + reserve
+ *
+ * --kv-memory fixes the pages. Otherwise: what --max-num-seqs sequences of --max-model-len need, but no more
+ * than KV_SHARE of what is left after the weights. A model length that was not asked for is cut to what fits;
+ * one that was asked for and does not fit ends start-up (status 4) with a length that would. All ranks
+ * end up with the same numbers: the smallest of each.
+ */
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/resource.h>
+
+#include "base/log.h"
+#include "cmd/host.h"
+#include "kv/pages.h"
+
+#define KV_SHARE 0.8
+
+static int64_t read_number(const char *path, const char *after) {
+    char line[256];
+    long long value = -1;
+    FILE *file = fopen(path, "re");
+    if (!file) return -1;
+    while (fgets(line, sizeof line, file)) {
+        if (*after && strncmp(line, after, strlen(after)) != 0) continue;
+        if (sscanf(line + strlen(after), "%lld", &value) != 1) value = -1;
+        break;
+    }
+    fclose(file);
+    return value;
+}
+
+int64_t host_free_bytes(void) {
+    int64_t available = read_number("/proc/meminfo", "MemAvailable:");
+    available = available < 0 ? INT64_MAX : available * 1024;
+    const int64_t limit = read_number("/sys/fs/cgroup/memory.max", ""); /* -1 for "max" */
+    const int64_t used = read_number("/sys/fs/cgroup/memory.current", "");
+    if (limit > 0 && used >= 0 && limit - used < available) available = limit - used;
+    struct rlimit rlimit;
+    if (getrlimit(RLIMIT_AS, &rlimit) == 0 && rlimit.rlim_cur != RLIM_INFINITY &&
+        (int64_t)rlimit.rlim_cur < available) {
+        available = (int64_t)rlimit.rlim_cur;
+    }
+    return available > 0 ? available : 0;
+}
+
+int64_t host_peak_bytes(void) {
+    struct rusage usage;
+    return getrusage(RUSAGE_SELF, &usage) == 0 ? (int64_t)usage.ru_maxrss * 1024 : 0;
+}
+
+static int64_t pages_of(int64_t tokens) { return (tokens + KV_PAGE_TOKENS - 1) / KV_PAGE_TOKENS; }
+
+static enum status no_room(int64_t needed, int64_t available, int64_t tokens) {
+    char want[32], have[32], advice[96];
+    if (tokens >= KV_PAGE_TOKENS) {
+        snprintf(advice, sizeof advice, "--max-model-len %lld would fit", (long long)tokens);
+    } else {
+        snprintf(advice, sizeof advice, "free memory, use more hosts, or a smaller model");
+    }
+    return fail(STATUS_MEMORY, "a rank needs %s, %s are free: %s",
+                progress_bytes((double)needed, want), progress_bytes((double)available, have),
+                advice);
+}
+
+/* Pages this rank can hold, and its own view of whether the model fits at all. */
+static enum status own_pages(struct host *h, int64_t *pages, int64_t *available) {
+    const int local = comm_local_size(h->comm);
+    TRY(model_need(&h->source->config, &h->model_options, h->ranks, h->rank, &h->need));
+    *available = host_free_bytes() / local;
+    const int64_t fixed = h->need.weight_bytes + h->need.scratch_bytes;
+    const int64_t page = h->need.kv_bytes_per_page > 0 ? h->need.kv_bytes_per_page : 1;
+    if (fixed + page > *available) return no_room(fixed + page, *available, 0);
+    const int64_t left = *available - fixed;
+    *pages = h->params.kv_memory > 0 ? h->params.kv_memory / page
+                                     : (int64_t)(KV_SHARE * (double)left) / page;
+    if (h->params.kv_memory > left)
+        return no_room(fixed + h->params.kv_memory, *available, left / page * 64);
+    return STATUS_OK;
+}
+
+enum status host_plan_memory(struct host *h) {
+    int64_t pages = 0, available = 0;
+    TRY(comm_agree(h->comm, own_pages(h, &pages, &available)));
+    const int64_t whole = pages_of(h->engine_options.max_model_len);
+    const int64_t wanted = whole * h->engine_options.max_seqs;
+    if (h->params.kv_memory == 0 && pages > wanted) pages = wanted;
+    if (pages > INT32_MAX / KV_PAGE_TOKENS) pages = INT32_MAX / KV_PAGE_TOKENS;
+    pages = comm_agree_min(h->comm, (int)pages);
+    if (pages < whole) {
+        const int64_t fits = pages * KV_PAGE_TOKENS;
+        if (h->params.max_model_len > 0 || pages < 1) {
+            return no_room(
+                h->need.weight_bytes + h->need.scratch_bytes + whole * h->need.kv_bytes_per_page,
+                h->params.kv_memory > 0 ? h->params.kv_memory : available, fits);
+        }
+        log_info("the model's %lld positions are cut to %lld, which is what the KV cache holds",
+                 (long long)h->engine_options.max_model_len, (long long)fits);
+        h->engine_options.max_model_len = fits;
+        h->model_options.max_positions = (int)fits;
+        TRY(model_need(&h->source->config, &h->model_options, h->ranks, h->rank, &h->need));
+    }
+    h->engine_options.page_count = (int32_t)pages;
+    h->facts.max_model_len = h->engine_options.max_model_len;
+    return STATUS_OK;
+}

@@ -1,0 +1,38 @@
+/* lines.h: JSON lines in and out, the same for generate, score and tokenize.
+ *
+ * Input is read a line at a time ("-" = standard input); output lines are written in the order they are given
+ * and flushed by line, so that a consumer in a pipe sees them. A line longer than LINES_BYTES_MAX is
+ * reported and skipped. Rank 0 only. Memory: the longest line.
+ */
+#ifndef SFUMATO_CMD_LINES_H
+#define SFUMATO_CMD_LINES_H
+
+#include <stdbool.h>
+#include <stdint.h>
+#include <stdio.h>
+
+#include "base/check.h"
+#include "base/json.h"
+
+enum { LINES_BYTES_MAX = 64 << 20 };
+
+struct lines {
+    FILE *in, *out;
+    char *line; /* the current one, without its newline */
+    size_t n, capacity;
+    int64_t number;     /* of the current line, from 1 */
+    int64_t line_total; /* lines of the input when it is a plain file, else 0 */
+    int64_t failed;     /* lines answered by an error */
+};
+
+/* STATUS_USAGE naming the file. An output file is made anew. */
+enum status lines_open(struct lines *l, const char *input, const char *output);
+void lines_close(struct lines *l);
+/* The next line that is not blank: STATUS_OK, STATUS_END, or STATUS_REQUEST for a line that is too long. */
+enum status lines_next(struct lines *l);
+/* Writes what is in w and a newline. STATUS_USAGE when the output cannot be written. */
+enum status lines_write(struct lines *l, struct json_writer *w);
+/* STATUS_PARTIAL with the count when lines failed. */
+enum status lines_verdict(const struct lines *l);
+
+#endif

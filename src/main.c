@@ -1,0 +1,73 @@
+/* main.c: the table of sub-commands, and the life of a process around one of them.
+ *
+ *   main ─► host_join (comm, options) ─► command->run ─► host_leave (tear down, message, exit code)
+ *
+ * The same program runs alone (one rank) or R times under mpirun. Everything a command needs from the job
+ * and the model is in cmd/host.h; what it does is in its own file under cmd/.
+ */
+#include <stdio.h>
+#include <string.h>
+
+#include "base/log.h"
+#include "cmd/commands.h"
+
+static const struct command commands[] = {
+    {"generate", PARAMS_GENERATE, "-p TEXT\n--input IN.jsonl --output OUT.jsonl",
+     "Soft Thinking generation: one prompt to the terminal, or a batch of JSON lines.",
+     cmd_generate},
+    {"score", PARAMS_SCORE, "--input IN.jsonl --output OUT.jsonl",
+     "Entropy and log-probabilities of given ids, texts or concept tokens.", cmd_score},
+    {"tokenize", PARAMS_TOKENIZE, "--input IN.jsonl --output OUT.jsonl",
+     "Text to ids, ids to text (--decode), messages to prompts (--chat); loads no weights.",
+     cmd_tokenize},
+    {"inspect", PARAMS_INSPECT, "",
+     "What a model is, which rank counts fit, and what each rank would hold.", cmd_inspect},
+    {"bench", PARAMS_BENCH, "step|comm|sampler|tokenizer",
+     "Speed, as ratios against what this machine can do.", cmd_bench},
+};
+enum { COMMAND_COUNT = sizeof commands / sizeof *commands };
+
+static void print_usage(FILE *out) {
+    fprintf(out,
+            "sfumato %s: Soft Thinking inference, tensor-parallel over MPI\n\n"
+            "usage: sfumato COMMAND [options]\n"
+            "       mpirun --bind-to none -n RANKS sfumato COMMAND [options]\n\n",
+            SFUMATO_VERSION);
+    for (int i = 0; i < COMMAND_COUNT; i++) {
+        fprintf(out, "  %-10s%s\n", commands[i].name, commands[i].about);
+    }
+    fprintf(out, "\nsfumato COMMAND --help lists its options.\n");
+}
+
+int main(int argc, char **argv) {
+    const char *name = argc > 1 ? argv[1] : "";
+    if (strcmp(name, "--help") == 0 || strcmp(name, "-h") == 0 || strcmp(name, "help") == 0) {
+        print_usage(stdout);
+        return 0;
+    }
+    if (strcmp(name, "--version") == 0) {
+        printf("sfumato %s\n", SFUMATO_VERSION);
+        return 0;
+    }
+    for (int i = 0; i < COMMAND_COUNT; i++) {
+        if (strcmp(commands[i].name, name) != 0) continue;
+        struct host host = {0};
+        enum status status = host_join(&host, &commands[i], argc - 1, argv + 1);
+        if (status == STATUS_OK) status = commands[i].run(&host);
+        return host_leave(&host, status);
+    }
+    /* Under mpirun every rank comes here; the message may appear more than once only if MPI is not asked. */
+    struct host host = {0};
+    comm *c = NULL;
+    const enum status status = comm_open(&argc, &argv, &c);
+    if (status == STATUS_OK) host.rank = comm_rank(c);
+    host.comm = c;
+    char known[128] = "";
+    for (int i = 0; i < COMMAND_COUNT; i++) {
+        const size_t n = strlen(known);
+        snprintf(known + n, sizeof known - n, "%s%s", i ? ", " : "", commands[i].name);
+    }
+    fail(STATUS_USAGE, *name ? "%s: no such command; there are %s" : "%sa command is needed: %s",
+         name, known);
+    return host_leave(&host, STATUS_USAGE);
+}
