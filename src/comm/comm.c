@@ -138,7 +138,12 @@ enum status comm_setup(comm *c, const struct comm_config *config) {
                     "use --comm auto",
                     config->kind == COMM_NCCL ? "nccl" : "fused");
     }
-    TRY(c->job->setup(c));
+    const enum status status = c->job->setup(c);
+    if (status != STATUS_OK) {
+        if (c->path) c->path->close(c);
+        c->path = NULL;
+        return status;
+    }
     c->times = (struct comm_times){0};
     return STATUS_OK;
 }
@@ -167,11 +172,18 @@ const void *comm_gather(comm *c, const void *mine, size_t n) {
 
 void comm_times_get(const comm *c, struct comm_times *out) { *out = c->times; }
 
+/* Often all ranks see the same trouble at once, and it shall be said once. In a window the first to
+ * come speaks; without one, higher ranks leave the lower ones time to end them. */
 _Noreturn void comm_abort(comm *c, int exit_code, const char *text) {
-    enum { GRACE_SECONDS = 2 };
-    if (c->path && c->path->abort_claim && !c->path->abort_claim(c)) {
-        sleep(GRACE_SECONDS); /* another rank has said why and is ending us */
+    enum { GRACE_SECONDS = 2, TURN_US = 50 * 1000 };
+    if (c->path && c->path->abort_claim) {
+        if (c->path->abort_claim(c)) {
+            log_failure(text);
+        } else {
+            sleep(GRACE_SECONDS); /* the other one is ending us */
+        }
     } else {
+        usleep((useconds_t)c->rank * TURN_US);
         log_failure(text);
     }
     c->job->abort(c, exit_code);

@@ -5,12 +5,16 @@
  * for everything: a job over several hosts does not use windows inside them (that would save
  * copies, not the slow hop).
  *
- * Messages: an all-reduce is MPI_Iallgather of the fp32 partials, then the same tree as everywhere.
- * Never MPI_Allreduce: the order of its sum is not promised. Every call is non-blocking and tested
- * in our own loop, because Open MPI's blocking calls burn a core while they wait and know no
- * deadline. A plan travels as a first piece of fixed size (length + beginning) and, when longer, a
- * second one. Thread: FUNNELED, the engine thread only. Memory: taken in setup; [R][slot] for the
- * partials.
+ * Messages are our own sends and receives, one to and from each peer, not MPI's collectives:
+ *   - an all-reduce brings every fp32 partial to every rank, then the tree. Never MPI_Allreduce:
+ *     the order of its sum is not promised;
+ *   - a plan goes straight from rank 0 to each rank: a broadcast tree would pass through ranks
+ *     that nap;
+ *   - a wait can name the rank it waits for, and has a deadline;
+ *   - nothing blocks inside Open MPI, whose blocking calls burn a core for as long as they wait.
+ * Open MPI's MPI_Iallgather is the same linear exchange plus a schedule it allocates in each call.
+ *
+ * Thread: FUNNELED, the engine thread only. Memory: taken in setup; [R][slot] for the partials.
  */
 #include <errno.h>
 #include <limits.h>
@@ -28,7 +32,7 @@
 #include "comm/comm_path.h"
 #include "comm/comm_tree.h"
 
-enum { PAGE_BYTES = 4096, FIRST_PIECE_BYTES = 4096, SHARE_BYTES = 1 << 30 };
+enum { PAGE_BYTES = 4096, SHARE_BYTES = 1 << 30 };
 
 struct mpi_job {
     MPI_Comm world; /* a copy: nobody else's messages */
@@ -38,37 +42,51 @@ struct mpi_job {
 
 struct messages {
     float *slot;     /* [slot_floats] */
-    float *partials; /* [R][count of the call] */
-    char *plan;      /* FIRST_PIECE_BYTES + bcast_bytes_max, starts with the length */
+    float *partials; /* [R][count of the call], own place unused */
+    char *plan;      /* [bcast_bytes_max] */
     char *records;   /* [R][gather_bytes_max], rank 0 only */
     uint64_t all_reduce_number, plan_number, gather_number;
 };
 
+/* Messages of one operation that are on their way. */
+struct exchange {
+    int count;
+    MPI_Request requests[2 * COMM_RANKS_MAX];
+    int peers[2 * COMM_RANKS_MAX];
+};
+enum { TAG_PARTIAL = 1, TAG_PLAN, TAG_RECORD };
+
 static const struct comm_path mpi_path;
 
-/* Who may be late, and what to do meanwhile. */
-enum lateness {
-    LATE_START, /* others load for minutes: sleep, no deadline */
-    LATE_PLAN,  /* nothing to do for hours: sleep after a millisecond, no deadline */
-    LATE_STEP   /* a peer is microseconds behind: spin, then yield; deadline */
-};
+/* Sleeps longer and longer, up to a millisecond. */
+static void nap(long *ns) {
+    enum { FIRST_NS = 20 * 1000, LAST_NS = 1000 * 1000 };
+    *ns = *ns == 0 ? FIRST_NS : 2 * *ns < LAST_NS ? 2 * *ns : LAST_NS;
+    nanosleep(&(struct timespec){.tv_nsec = *ns}, NULL);
+}
 
-static void complete(comm *c, MPI_Request *request, enum lateness late, const char *operation,
-                     uint64_t number) {
-    enum { NAP_FIRST_NS = 20 * 1000, NAP_LAST_NS = 1000 * 1000 };
+/* For waits that may last minutes (loading) or hours (no plan): soon sleeps, knows no deadline. */
+static void complete_patiently(comm *c, MPI_Request *request, MPI_Status *state) {
     struct comm_patience p = {0};
-    long nap_ns = NAP_FIRST_NS;
+    long nap_ns = 0;
     int done = 0;
-    while (MPI_Test(request, &done, MPI_STATUS_IGNORE), !done) {
-        const uint64_t waited_ns = comm_pause(c, &p);
-        if (late == LATE_STEP) {
-            comm_check_deadline(c, waited_ns, operation, number, -1);
-        } else if (waited_ns > COMM_PARK_NS) {
-            nanosleep(&(struct timespec){.tv_nsec = nap_ns}, NULL);
-            nap_ns = 2 * nap_ns < NAP_LAST_NS ? 2 * nap_ns : NAP_LAST_NS;
+    while (MPI_Test(request, &done, state), !done) {
+        if (comm_pause(c, &p) > COMM_PARK_NS) nap(&nap_ns);
+    }
+}
+
+/* For waits inside a step. */
+static void complete(comm *c, struct exchange *e, const char *operation, uint64_t number) {
+    struct comm_patience p = {0};
+    int done = 0;
+    while (MPI_Testall(e->count, e->requests, &done, MPI_STATUSES_IGNORE), !done) {
+        if (!comm_is_late(c, comm_pause(c, &p))) continue;
+        for (int i = 0; i < e->count; i++) {
+            MPI_Test(&e->requests[i], &done, MPI_STATUS_IGNORE);
+            if (!done) comm_give_up(c, operation, number, e->peers[i]);
         }
     }
-    if (late == LATE_STEP) comm_pause_end(c, &p);
+    comm_pause_end(c, &p);
 }
 
 /* ---- joining ---- */
@@ -77,7 +95,7 @@ static void mpi_all_gather(comm *c, const void *mine, size_t n, void *all) {
     const struct mpi_job *job = c->job_state;
     MPI_Request request;
     MPI_Iallgather(mine, (int)n, MPI_BYTE, all, (int)n, MPI_BYTE, job->world, &request);
-    complete(c, &request, LATE_START, "agreement", 0);
+    complete_patiently(c, &request, MPI_STATUS_IGNORE);
 }
 
 static void mpi_share(comm *c, int root, void *bytes, size_t n) {
@@ -86,7 +104,7 @@ static void mpi_share(comm *c, int root, void *bytes, size_t n) {
         const size_t piece = n - at < SHARE_BYTES ? n - at : SHARE_BYTES;
         MPI_Request request;
         MPI_Ibcast((char *)bytes + at, (int)piece, MPI_BYTE, root, job->world, &request);
-        complete(c, &request, LATE_START, "sharing", 0);
+        complete_patiently(c, &request, MPI_STATUS_IGNORE);
     }
 }
 
@@ -256,7 +274,7 @@ static void *take_lines(size_t bytes, size_t times) {
 static enum status open_messages(comm *c) {
     const struct comm_config *config = &c->config;
     const size_t int_max = INT_MAX, ranks = (size_t)c->size;
-    if (config->slot_floats > int_max || config->bcast_bytes_max > int_max - FIRST_PIECE_BYTES ||
+    if (config->slot_floats > int_max || config->bcast_bytes_max > int_max ||
         config->gather_bytes_max > int_max) {
         return fail(STATUS_USAGE, "one message would exceed 2^31 elements: lower the batch limits");
     }
@@ -266,7 +284,7 @@ static enum status open_messages(comm *c) {
     c->path = &mpi_path;
     m->slot = take_lines(config->slot_floats, sizeof(float));
     m->partials = take_lines(config->slot_floats * sizeof(float), ranks);
-    m->plan = take_lines(config->bcast_bytes_max + FIRST_PIECE_BYTES, 1);
+    m->plan = take_lines(config->bcast_bytes_max, 1);
     m->records = take_lines(c->rank == 0 ? config->gather_bytes_max : 0, ranks);
     if (m->slot && m->partials && m->plan && m->records) return STATUS_OK;
     return fail(STATUS_MEMORY,
@@ -285,48 +303,70 @@ static float *mpi_slot(comm *c) {
     return m->slot;
 }
 
-static void mpi_all_reduce(comm *c, size_t count, float *sum) {
+static void add_send(comm *c, struct exchange *e, const void *bytes, size_t n, int peer, int tag) {
     const struct mpi_job *job = c->job_state;
+    e->peers[e->count] = peer;
+    MPI_Isend(bytes, (int)n, MPI_BYTE, peer, tag, job->world, &e->requests[e->count++]);
+}
+static void add_receive(comm *c, struct exchange *e, void *bytes, size_t n, int peer, int tag) {
+    const struct mpi_job *job = c->job_state;
+    e->peers[e->count] = peer;
+    MPI_Irecv(bytes, (int)n, MPI_BYTE, peer, tag, job->world, &e->requests[e->count++]);
+}
+
+static void mpi_all_reduce(comm *c, size_t count, float *sum) {
     struct messages *m = c->path_state;
-    MPI_Request request;
-    MPI_Iallgather(m->slot, (int)count, MPI_FLOAT, m->partials, (int)count, MPI_FLOAT, job->world,
-                   &request);
-    complete(c, &request, LATE_STEP, "all-reduce", ++m->all_reduce_number);
+    struct exchange e = {0};
     const float *slots[COMM_RANKS_MAX];
-    for (int r = 0; r < c->size; r++) slots[r] = m->partials + (size_t)r * count;
+    const size_t bytes = count * sizeof *sum;
+    for (int r = 0; r < c->size; r++) {
+        slots[r] = r == c->rank ? m->slot : m->partials + (size_t)r * count;
+        if (r == c->rank) continue;
+        add_receive(c, &e, m->partials + (size_t)r * count, bytes, r, TAG_PARTIAL);
+    }
+    for (int i = 1; i < c->size;
+         i++) { /* each begins with its neighbour: no rank is everybody's first */
+        add_send(c, &e, m->slot, bytes, (c->rank + i) % c->size, TAG_PARTIAL);
+    }
+    complete(c, &e, "all-reduce", ++m->all_reduce_number);
     comm_tree_sum(slots, c->size, count, sum);
 }
 
 static size_t mpi_bcast(comm *c, const void *mine, size_t n, const void **bytes) {
     const struct mpi_job *job = c->job_state;
     struct messages *m = c->path_state;
-    const enum lateness late = c->rank == 0 ? LATE_STEP : LATE_PLAN;
-    uint64_t length = n;
+    m->plan_number++;
     if (c->rank == 0) {
-        memcpy(m->plan, &length, sizeof length);
-        if (n > 0) memcpy(m->plan + sizeof length, mine, n);
+        struct exchange e = {0};
+        for (int r = 1; r < c->size; r++) add_send(c, &e, mine, n, r, TAG_PLAN);
+        complete(c, &e, "plan", m->plan_number);
+    } else {
+        MPI_Request request;
+        MPI_Status state;
+        int length;
+        MPI_Irecv(m->plan, (int)c->config.bcast_bytes_max, MPI_BYTE, 0, TAG_PLAN, job->world,
+                  &request);
+        complete_patiently(c, &request, &state);
+        MPI_Get_count(&state, MPI_BYTE, &length);
+        n = (size_t)length;
+        mine = m->plan;
     }
-    MPI_Request request;
-    MPI_Ibcast(m->plan, FIRST_PIECE_BYTES, MPI_BYTE, 0, job->world, &request);
-    complete(c, &request, late, "plan", ++m->plan_number);
-    memcpy(&length, m->plan, sizeof length);
-    ASSERT_LE(length, c->config.bcast_bytes_max);
-    const size_t whole = sizeof length + length;
-    if (whole > FIRST_PIECE_BYTES) {
-        MPI_Ibcast(m->plan + FIRST_PIECE_BYTES, (int)(whole - FIRST_PIECE_BYTES), MPI_BYTE, 0,
-                   job->world, &request);
-        complete(c, &request, LATE_STEP, "plan", m->plan_number);
-    }
-    if (bytes) *bytes = c->rank == 0 ? mine : m->plan + sizeof length;
-    return length;
+    if (bytes) *bytes = mine;
+    return n;
 }
 
 static const void *mpi_gather(comm *c, const void *mine, size_t n) {
-    const struct mpi_job *job = c->job_state;
     struct messages *m = c->path_state;
-    MPI_Request request;
-    MPI_Igather(mine, (int)n, MPI_BYTE, m->records, (int)n, MPI_BYTE, 0, job->world, &request);
-    complete(c, &request, LATE_STEP, "gather", ++m->gather_number);
+    struct exchange e = {0};
+    if (c->rank == 0) {
+        if (n > 0) memcpy(m->records, mine, n);
+        for (int r = 1; r < c->size; r++) {
+            add_receive(c, &e, m->records + (size_t)r * n, n, r, TAG_RECORD);
+        }
+    } else {
+        add_send(c, &e, mine, n, 0, TAG_RECORD);
+    }
+    complete(c, &e, "gather", ++m->gather_number);
     return c->rank == 0 ? m->records : NULL;
 }
 

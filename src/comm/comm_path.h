@@ -40,8 +40,7 @@ struct comm_path {
     void (*all_reduce)(comm *c, size_t count, float *sum);
     size_t (*bcast)(comm *c, const void *mine, size_t n, const void **bytes);
     const void *(*gather)(comm *c, const void *mine, size_t n);
-    /* True for the first rank that asks: it alone prints why the job ends. NULL: cannot know,
-     * print. */
+    /* True for the first rank that asks: it alone says why the job ends. NULL: cannot know. */
     bool (*abort_claim)(comm *c);
 };
 
@@ -87,9 +86,9 @@ uint64_t comm_clock_ns(void);
 void comm_watch_parent(comm *c);
 /* After this long a rank that waits for a plan sleeps. */
 enum { COMM_PARK_NS = 1000 * 1000 };
-/* A wait in collective `number` of this name lasted longer than the configured time: abort with
- * code 6 when it did. missing: a rank that has not come, -1 unknown. */
-void comm_check_deadline(comm *c, uint64_t waited_ns, const char *operation, uint64_t number,
-                         int missing);
+/* The deadline of waits inside a step: when late, say which rank has not come to operation `number`
+ * and abort with code 6. */
+bool comm_is_late(const comm *c, uint64_t waited_ns);
+_Noreturn void comm_give_up(comm *c, const char *operation, uint64_t number, int missing);
 
 #endif

@@ -61,14 +61,15 @@ void comm_pause_end(comm *c, const struct comm_patience *p) {
     if (p->rounds) c->times.wait_seconds += 1e-9 * (double)(comm_clock_ns() - p->begin_ns);
 }
 
-void comm_check_deadline(comm *c, uint64_t waited_ns, const char *operation, uint64_t number,
-                         int missing) {
-    if (c->config.timeout_seconds <= 0 || 1e-9 * (double)waited_ns < c->config.timeout_seconds)
-        return;
-    char text[160], who[48] = "a rank that cannot be named on this path";
-    if (missing >= 0) snprintf(who, sizeof who, "rank %d", missing);
-    snprintf(text, sizeof text,
-             "rank %d waited %.1f s in %s %llu for %s, which has not arrived: stopping all ranks",
-             c->rank, c->config.timeout_seconds, operation, (unsigned long long)number, who);
+bool comm_is_late(const comm *c, uint64_t waited_ns) {
+    return c->config.timeout_seconds > 0 && 1e-9 * (double)waited_ns >= c->config.timeout_seconds;
+}
+
+_Noreturn void comm_give_up(comm *c, const char *operation, uint64_t number, int missing) {
+    char text[160];
+    snprintf(
+        text, sizeof text,
+        "rank %d waited %.1f s in %s %llu for rank %d, which has not arrived: stopping all ranks",
+        c->rank, c->config.timeout_seconds, operation, (unsigned long long)number, missing);
     comm_abort(c, STATUS_WATCHDOG, text);
 }

@@ -139,7 +139,7 @@ static void publish(struct flag *own, uint64_t number, uint64_t size) {
 static void wait_for(comm *c, struct flag *flag, uint64_t number, int rank, const char *operation) {
     struct comm_patience p = {0};
     while (atomic_load_explicit(&flag->number, memory_order_acquire) < number) {
-        comm_check_deadline(c, comm_pause(c, &p), operation, number, rank);
+        if (comm_is_late(c, comm_pause(c, &p))) comm_give_up(c, operation, number, rank);
     }
     comm_pause_end(c, &p);
 }
