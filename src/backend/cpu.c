@@ -31,8 +31,16 @@ static enum backend_isa isa_choose(enum backend_isa highest) {
 }
 
 static const struct cpu_kernels *kernels_of(enum backend_isa isa) {
-    (void)isa;
-    return &cpu_kernels_scalar;
+    switch (isa) {
+        case ISA_AVX2:
+            return &cpu_kernels_avx2;
+        case ISA_AVX512:
+            return &cpu_kernels_avx512;
+        case ISA_AVX512BF16:
+            return &cpu_kernels_avx512bf16;
+        default:
+            return &cpu_kernels_scalar;
+    }
 }
 
 enum backend_numerics cpu_numerics(const struct backend_config *config) {

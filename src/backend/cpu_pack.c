@@ -7,8 +7,8 @@
 
 enum { PACK_BLOCK = 256 /* columns rounded at a time: source, rounded copy and target fit L1 */ };
 
-enum status matrix_init(struct matrix *m, const struct matrix_spec *spec,
-                        struct cpu_memory *memory) {
+/* Everything but the memory. */
+static void matrix_shape(struct matrix *m, const struct matrix_spec *spec) {
     ASSERT(spec->rows >= 0 && spec->cols >= 0);
     m->kind = spec->kind;
     m->dtype = spec->dtype;
@@ -34,6 +34,17 @@ enum status matrix_init(struct matrix *m, const struct matrix_spec *spec,
     const int64_t panel_rows = m->kind == MATRIX_GATE_UP ? GATE_ROWS : PANEL_ROWS;
     m->panel_count = (m->rows + panel_rows - 1) / panel_rows;
     m->panel_bytes = (size_t)m->k_padded * PANEL_ROWS * backend_dtype_bytes(m->dtype);
+}
+
+int64_t cpu_matrix_bytes(const struct matrix_spec *spec) {
+    struct matrix m = {0};
+    matrix_shape(&m, spec);
+    return m.panel_count * (int64_t)m.panel_bytes;
+}
+
+enum status matrix_init(struct matrix *m, const struct matrix_spec *spec,
+                        struct cpu_memory *memory) {
+    matrix_shape(m, spec);
     if (m->panel_count > 0 && m->panel_bytes > SIZE_MAX / 4 / (size_t)m->panel_count)
         return fail(STATUS_MEMORY, "a matrix of %lld x %lld does not fit any memory",
                     (long long)m->rows, (long long)m->cols);
