@@ -1,6 +1,6 @@
 /* gguf.c: one GGUF file as a source.
  *
- * Owns the mapping, the parsed file and the tokenizer's arrays. Translates names: callers ask for
+ * Owns the mapping, the parsed file and the memory of both. Translates names: callers ask for
  * "model.layers.3.self_attn.q_proj.weight" and get the rows of "blk.3.attn_q.weight" in Hugging
  * Face's order. That order differs for q and k of the llama architecture, where llama.cpp stores,
  * in every head of d rows, the halves interleaved:
@@ -150,90 +150,12 @@ out:
     return status;
 }
 
-/* --- the tokenizer's arrays --- */
-
-static const struct gguf_value *find_array(const struct gguf_file *file, const char *key,
-                                           enum gguf_value_type item_type) {
-    const struct gguf_value *v = gguf_find(file, key);
-    return v && v->type == GGUF_ARRAY && v->item_type == item_type ? v : NULL;
-}
-
-static enum status copy_strings(const struct gguf_value *v, size_t limit, arena *a,
-                                const struct gguf_string **out, size_t *count) {
-    if (!v) return STATUS_OK;
-    if (v->count > limit) {
-        return fail(STATUS_MODEL, "key %.*s has %llu items, the limit is %zu", (int)v->key.n,
-                    v->key.bytes, (unsigned long long)v->count, limit);
-    }
-    struct gguf_string *strings = arena_alloc_array(a, v->count + 1, sizeof *strings);
-    const uint8_t *at = v->data;
-    if (!strings) return STATUS_MEMORY;
-    for (uint64_t i = 0; i < v->count; i++) { /* the parser has walked the same bytes */
-        uint64_t n;
-        memcpy(&n, at, sizeof n);
-        strings[i] = (struct gguf_string){(const char *)at + sizeof n, n};
-        at += sizeof n + n;
-    }
-    *out = strings;
-    *count = v->count;
-    return STATUS_OK;
-}
-
-static struct gguf_string find_string(const struct gguf_file *file, const char *key) {
-    const struct gguf_value *v = gguf_find(file, key);
-    uint64_t n;
-    if (!v || v->type != GGUF_STRING) return (struct gguf_string){"", 0};
-    memcpy(&n, v->data, sizeof n);
-    return (struct gguf_string){(const char *)v->data + sizeof n, n};
-}
-
-static enum status copy_text(struct gguf_string text, arena *a, const char **out) {
-    *out = arena_strndup(a, text.bytes, text.n);
-    return *out ? STATUS_OK : STATUS_MEMORY;
-}
-
-static bool find_flag(const struct gguf_file *file, const char *key) {
-    const struct gguf_value *v = gguf_find(file, key);
-    return v && v->type == GGUF_BOOL && v->data[0] != 0;
-}
-
-static int find_id(const struct gguf_file *file, const char *key) {
-    const struct gguf_value *v = gguf_find(file, key);
-    uint32_t id;
-    if (!v || (v->type != GGUF_U32 && v->type != GGUF_I32)) return -1;
-    memcpy(&id, v->data, sizeof id);
-    return id < CONFIG_VOCAB_MAX ? (int)id : -1;
-}
-
-static enum status read_tokenizer(struct gguf_source *s, struct gguf_tokenizer *t) {
-    const struct gguf_file *f = &s->file;
-    const struct gguf_value *types = find_array(f, "tokenizer.ggml.token_type", GGUF_I32);
-    TRY(copy_strings(find_array(f, "tokenizer.ggml.tokens", GGUF_STRING), CONFIG_VOCAB_MAX,
-                     &s->memory, &t->tokens, &t->token_count));
-    TRY(copy_strings(find_array(f, "tokenizer.ggml.merges", GGUF_STRING), GGUF_MERGES_MAX,
-                     &s->memory, &t->merges, &t->merge_count));
-    if (types && types->count == t->token_count) {
-        int32_t *copy = arena_alloc_array(&s->memory, t->token_count + 1, sizeof *copy);
-        if (!copy) return STATUS_MEMORY;
-        memcpy(copy, types->data, t->token_count * sizeof *copy); /* the mapping may be unaligned */
-        t->token_types = copy;
-    }
-    TRY(copy_text(find_string(f, "tokenizer.ggml.model"), &s->memory, &t->model));
-    TRY(copy_text(find_string(f, "tokenizer.ggml.pre"), &s->memory, &t->pre));
-    t->bos_id = find_id(f, "tokenizer.ggml.bos_token_id");
-    t->eos_id = find_id(f, "tokenizer.ggml.eos_token_id");
-    t->add_bos = find_flag(f, "tokenizer.ggml.add_bos_token");
-    t->add_eos = find_flag(f, "tokenizer.ggml.add_eos_token");
-    t->chat_template = find_string(f, "tokenizer.chat_template");
-    return STATUS_OK;
-}
-
 enum status gguf_get_tokenizer(source *src, const struct gguf_tokenizer **out) {
     struct gguf_source *s = (struct gguf_source *)src;
     *out = NULL;
     if (src->ops != &gguf_ops) return STATUS_OK;
     if (!s->has_tokenizer) {
-        const enum status status = read_tokenizer(s, &s->tokenizer);
+        const enum status status = gguf_read_tokenizer(&s->file, &s->memory, &s->tokenizer);
         if (status != STATUS_OK) return fail_prefix(status, "%s", src->path);
         s->has_tokenizer = true;
     }

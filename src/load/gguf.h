@@ -47,6 +47,7 @@ enum status gguf_get_tokenizer(source *s, const struct gguf_tokenizer **out);
 
 /* --- the parser, apart from the file (fuzzing, tests) --- */
 
+/* clang-format off: the numbers of the specification */
 enum gguf_value_type {
     GGUF_U8,
     GGUF_I8,
@@ -62,6 +63,7 @@ enum gguf_value_type {
     GGUF_I64,
     GGUF_F64,
 };
+/* clang-format on */
 
 enum { GGUF_KEYS_MAX = 1 << 16, GGUF_MERGES_MAX = 1 << 23, GGUF_ALIGNMENT_MAX = 1 << 20 };
 
@@ -84,7 +86,11 @@ struct gguf_file {
 enum status gguf_parse(const uint8_t *bytes, size_t n, arena *a, struct gguf_file *out);
 void gguf_file_fini(struct gguf_file *file);
 const struct gguf_value *gguf_find(const struct gguf_file *file, const char *key);
+/* The text of a value; n = 0 when it is NULL or no string. */
+struct gguf_string gguf_string_of(const struct gguf_value *value);
 /* Reads sizes, RoPE, end ids from the metadata of a parsed file. */
 enum status gguf_read_config(const struct gguf_file *file, struct model_config *out);
+/* Arrays in the arena, texts borrowed. */
+enum status gguf_read_tokenizer(const struct gguf_file *file, arena *a, struct gguf_tokenizer *out);
 
 #endif

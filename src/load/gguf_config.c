@@ -86,13 +86,6 @@ static bool real_of(const struct gguf_value *v, double *out) {
     return true;
 }
 
-static struct gguf_string string_of(const struct gguf_value *v) {
-    uint64_t n;
-    if (!v || v->type != GGUF_STRING) return (struct gguf_string){"", 0};
-    memcpy(&n, v->data, sizeof n);
-    return (struct gguf_string){(const char *)v->data + sizeof n, n};
-}
-
 /* A file and its architecture, for keys like "llama.block_count". */
 struct reader {
     const struct gguf_file *file;
@@ -145,7 +138,7 @@ static enum status read_arch(struct reader *r, struct model_config *c) {
         const char *name;
         enum config_arch arch;
     } known[] = {{"llama", ARCH_LLAMA}, {"qwen2", ARCH_QWEN2}, {"qwen3", ARCH_QWEN3}};
-    const struct gguf_string arch = string_of(gguf_find(r->file, "general.architecture"));
+    const struct gguf_string arch = gguf_string_of(gguf_find(r->file, "general.architecture"));
     const struct gguf_value *split = gguf_find(r->file, "split.count");
     int64_t split_count;
     if (split && integer_of(split, &split_count) && split_count > 1) {
@@ -239,7 +232,7 @@ static enum status read_rope_freqs(const struct reader *r, struct model_config *
 
 static enum status read_rope(const struct reader *r, struct model_config *c) {
     const struct gguf_value *named = find(r, "rope.scaling.type");
-    const struct gguf_string type = string_of(named);
+    const struct gguf_string type = gguf_string_of(named);
     double factor;
     TRY(read_real(r, "rope.freq_base", 1, 1e12, 10000, &c->rope_theta));
     c->rope_original_positions = c->max_positions;

@@ -102,6 +102,13 @@ const struct gguf_value *gguf_find(const struct gguf_file *file, const char *key
     return NULL;
 }
 
+struct gguf_string gguf_string_of(const struct gguf_value *v) {
+    uint64_t n;
+    if (!v || v->type != GGUF_STRING) return (struct gguf_string){"", 0};
+    memcpy(&n, v->data, sizeof n);
+    return (struct gguf_string){(const char *)v->data + sizeof n, n};
+}
+
 /* A block format's rows must be whole blocks; the byte count must not overflow. */
 static enum status tensor_size(struct tensor_entry *e, uint32_t ggml_id) {
     if (!e->type) {

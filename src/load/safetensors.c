@@ -18,7 +18,7 @@
 #include "load/file.h"
 #include "load/source.h"
 
-enum { FILES_MAX = 1024, INDEX_BYTES_MAX = 64 << 20 };
+enum { FILES_MAX = 1024, INDEX_BYTES_MAX = 16 << 20 };
 
 struct safetensors_source {
     source base;
@@ -128,7 +128,7 @@ enum status safetensors_parse(const uint8_t *bytes, size_t n, int file, arena *n
     if (n < 8) return fail(STATUS_MODEL, "not a safetensors file: only %zu bytes", n);
     memcpy(&header_bytes, bytes, 8);
     if (header_bytes < 2 || header_bytes > SAFETENSORS_HEADER_BYTES_MAX ||
-        bytes[8 < n ? 8 : 0] != '{') {
+        (n > 8 && bytes[8] != '{')) {
         return fail(
             STATUS_MODEL,
             "not a safetensors file (a Git LFS pointer or an error page? download it again)");

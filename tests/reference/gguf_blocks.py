@@ -7,6 +7,8 @@ Every bit of a block is random except the fp16 scales, which are random finite n
 second block has a subnormal scale and the third a negative one. One line a block:
     block TYPE BYTES-IN-HEX FP32-BITS-IN-HEX...
 """
+from importlib.metadata import version
+
 import gguf
 import numpy as np
 
@@ -18,7 +20,7 @@ TYPES = [("F16", 2, [0]), ("BF16", 2, []), ("Q8_0", 34, [0]), ("Q4_0", 18, [0]),
 
 def main():
     random = np.random.default_rng(20250101)
-    print("# made by tests/reference/gguf_blocks.py with gguf", getattr(gguf, "__version__", ""), "(PyPI)")
+    print("# made by tests/reference/gguf_blocks.py with the Python package gguf", version("gguf"))
     for name, size, scales in TYPES:
         kind = gguf.GGMLQuantizationType[name]
         for variant in range(3):
