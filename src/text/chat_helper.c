@@ -1,0 +1,209 @@
+/* chat_helper.c: the process that runs Jinja templates, and the line protocol to it.
+ *
+ *   rank 0 ── socket pair ── python3 -I -c CHAT_HELPER_PY     (one JSON object a line, in turn)
+ *
+ * A template is a program from a model file: it may loop, grow or try to escape. So it runs in a process of
+ * its own, in Python's jinja2 sandbox, under resource limits, with a deadline for every answer; past it the
+ * process is killed and the next request starts a new one. It inherits no descriptor but the socket, ends
+ * on end of file when we die in any way (or by its CPU limit if it is busy then), and is reaped here.
+ * A socket, not pipes, because writing to a dead pipe would raise SIGPIPE. One thread at a time.
+ */
+#include "text/chat_helper.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <poll.h>
+#include <signal.h>
+#include <spawn.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/socket.h>
+#include <sys/wait.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "base/log.h"
+#include "text/chat_helper_py.h"
+#include "text/utf8.h"
+
+enum {
+    START_SECONDS = 30, /* importing jinja2 from a cold disk on a busy machine */
+    MEMORY_MIB = 512,
+    ANSWER_BYTES_MAX = 192 << 20, /* escaped JSON of a prompt at its limit */
+};
+
+struct chat_helper {
+    pid_t pid; /* 0: not running */
+    int fd;
+};
+
+static long long now_ms(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return t.tv_sec * 1000LL + t.tv_nsec / 1000000;
+}
+
+/* Ends the process and reaps it. It has nothing to lose: SIGKILL. */
+static void helper_kill(chat_helper *h) {
+    if (h->fd >= 0) close(h->fd);
+    h->fd = -1;
+    if (h->pid <= 0) return;
+    kill(h->pid, SIGKILL);
+    while (waitpid(h->pid, NULL, 0) < 0 && errno == EINTR) {
+    }
+    h->pid = 0;
+}
+
+static int spawn_python(pid_t *pid, int child_fd) {
+    char seconds[16], memory[32];
+    snprintf(seconds, sizeof seconds, "%d", CHAT_RENDER_SECONDS);
+    snprintf(memory, sizeof memory, "%lld", (long long)MEMORY_MIB << 20);
+    char *const argv[] = {"python3", "-I",   "-B", "-c", (char *)CHAT_HELPER_PY,
+                          seconds,   memory, NULL};
+    posix_spawn_file_actions_t actions;
+    posix_spawnattr_t attributes;
+    if (posix_spawn_file_actions_init(&actions) != 0) return ENOMEM;
+    if (posix_spawnattr_init(&attributes) != 0) {
+        posix_spawn_file_actions_destroy(&actions);
+        return ENOMEM;
+    }
+    sigset_t none, all;
+    sigemptyset(&none);
+    sigfillset(&all);
+    posix_spawnattr_setsigmask(&attributes, &none);
+    posix_spawnattr_setsigdefault(&attributes, &all);
+    /* A group of its own: Ctrl-C is for us, it ends when we close the socket. */
+    posix_spawnattr_setpgroup(&attributes, 0);
+    posix_spawnattr_setflags(
+        &attributes, POSIX_SPAWN_SETSIGMASK | POSIX_SPAWN_SETSIGDEF | POSIX_SPAWN_SETPGROUP);
+    int rc = posix_spawn_file_actions_adddup2(&actions, child_fd, 0);
+    if (rc == 0) rc = posix_spawn_file_actions_adddup2(&actions, child_fd, 1);
+    if (rc == 0) rc = posix_spawn_file_actions_addopen(&actions, 2, "/dev/null", O_WRONLY, 0);
+    if (rc == 0) rc = posix_spawn_file_actions_addclosefrom_np(&actions, 3);
+    if (rc == 0) rc = posix_spawnp(pid, "python3", &actions, &attributes, argv, environ);
+    posix_spawnattr_destroy(&attributes);
+    posix_spawn_file_actions_destroy(&actions);
+    return rc;
+}
+
+/* --- lines in and out, before a deadline --------------------------------------------------------- */
+
+/* False: time is up or the socket failed. */
+static bool wait_for(int fd, short events, long long deadline_ms) {
+    for (;;) {
+        const long long left = deadline_ms - now_ms();
+        if (left <= 0) return false;
+        struct pollfd p = {.fd = fd, .events = events};
+        const int rc = poll(&p, 1, (int)left);
+        if (rc > 0) return true; /* hang-up too: the read or write will tell */
+        if (rc < 0 && errno != EINTR) return false;
+    }
+}
+
+static bool put_line(int fd, const char *bytes, size_t n, long long deadline_ms) {
+    while (n > 0) {
+        const ssize_t sent = send(fd, bytes, n, MSG_NOSIGNAL | MSG_DONTWAIT);
+        if (sent > 0) {
+            bytes += sent;
+            n -= (size_t)sent;
+        } else if (sent < 0 && (errno == EAGAIN || errno == EINTR)) {
+            if (!wait_for(fd, POLLOUT, deadline_ms)) return false;
+        } else {
+            return false;
+        }
+    }
+    return true;
+}
+
+/* Reads up to and with the newline; the protocol has nothing behind it. */
+static bool get_line(int fd, struct text_buffer *line, long long deadline_ms) {
+    for (;;) {
+        if (line->n > ANSWER_BYTES_MAX || text_reserve(line, 65536) != STATUS_OK) return false;
+        if (!wait_for(fd, POLLIN, deadline_ms)) return false;
+        const ssize_t got = recv(fd, line->bytes + line->n, 65536, MSG_DONTWAIT);
+        if (got == 0) return false;
+        if (got < 0 && errno != EAGAIN && errno != EINTR) return false;
+        if (got < 0) continue;
+        line->n += (size_t)got;
+        if (line->bytes[line->n - 1] == '\n') return true;
+    }
+}
+
+/* --- start, ask, stop --------------------------------------------------------------------------- */
+
+/* False: no python3, no jinja2, or it did not come up. */
+static bool helper_spawn(chat_helper *h) {
+    int ends[2];
+    if (socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, ends) != 0) return false;
+    pid_t pid = 0;
+    const int rc = spawn_python(&pid, ends[1]);
+    close(ends[1]);
+    h->fd = ends[0];
+    h->pid = rc == 0 ? pid : 0;
+    struct text_buffer line = {0};
+    const bool ready = rc == 0 && get_line(h->fd, &line, now_ms() + START_SECONDS * 1000LL);
+    if (ready)
+        log_debug("chat templates: helper process %d, %.*s", (int)h->pid, (int)line.n - 1,
+                  line.bytes);
+    else
+        helper_kill(h);
+    free(line.bytes);
+    return ready;
+}
+
+enum status chat_helper_start(chat_helper **out) {
+    *out = NULL;
+    chat_helper *h = calloc(1, sizeof *h);
+    if (h == NULL) return fail(STATUS_MEMORY, "no memory for the chat template helper");
+    h->fd = -1;
+    if (helper_spawn(h)) {
+        *out = h;
+        return STATUS_OK;
+    }
+    log_debug("chat templates: no helper process (python3 with jinja2 is not there)");
+    free(h);
+    return STATUS_OK;
+}
+
+void chat_helper_stop(chat_helper *h) {
+    if (h == NULL) return;
+    helper_kill(h);
+    free(h);
+}
+
+enum status chat_helper_ask(chat_helper *h, const json_t *request, json_t **answer) {
+    *answer = NULL;
+    if (h->pid == 0 && !helper_spawn(h))
+        return fail(
+            STATUS_MODEL,
+            "the chat template helper does not start again; look at python3 -c 'import jinja2'");
+    enum status status = STATUS_OK;
+    struct text_buffer line = {0};
+    char *text = json_dumps(request, JSON_COMPACT | JSON_ENSURE_ASCII);
+    if (text == NULL) return fail(STATUS_MEMORY, "no memory to render a chat template");
+    const size_t n = strlen(text);
+    text[n] = '\n'; /* in the terminator's place: the length is known */
+    const long long deadline_ms = now_ms() + CHAT_RENDER_SECONDS * 1000LL;
+    if (!put_line(h->fd, text, n + 1, deadline_ms) || !get_line(h->fd, &line, deadline_ms)) {
+        const bool late = now_ms() >= deadline_ms;
+        helper_kill(h);
+        status = late ? fail(STATUS_REQUEST, "the chat template took more than %d seconds",
+                             CHAT_RENDER_SECONDS)
+                      : fail(STATUS_REQUEST, "the chat template used too much time or memory");
+        goto out;
+    }
+    json_error_t error;
+    *answer = json_loadb(line.bytes, line.n, JSON_ALLOW_NUL, &error);
+    if (!json_is_object(*answer)) {
+        json_decref(*answer);
+        *answer = NULL;
+        helper_kill(h);
+        status =
+            fail(STATUS_REQUEST, "the chat template gave text that is not valid: %s", error.text);
+    }
+out:
+    free(text);
+    free(line.bytes);
+    return status;
+}
