@@ -4,10 +4,12 @@
  * Data are counter-based, so each rank knows what all others bring and what the sum must be. Ranks
  * run the same cases in step; no case returns early, or its peers would wait for ever.
  */
+#include <jansson.h>
 #include <time.h>
 #include <unistd.h>
 
 #include "base/log.h"
+#include "comm/comm_bench.h"
 #include "comm/comm_path.h"
 #include "comm/comm_tree.h"
 #include "suite.h"
@@ -371,6 +373,50 @@ static void test_idle(void) {
     idle("messages", 0.3); /* polls once a millisecond, through Open MPI's progress engine */
 }
 
+/* `bench comm`: every row has figures, in the text of a table and as JSON. */
+static char *bench_output(bool json) {
+    FILE *file = tmpfile();
+    fflush(stdout);
+    const int saved = dup(STDOUT_FILENO);
+    dup2(fileno(file), STDOUT_FILENO);
+    CHECK_EQ(comm_bench(c, json), size > 1 ? STATUS_OK : STATUS_USAGE);
+    fflush(stdout);
+    dup2(saved, STDOUT_FILENO);
+    close(saved);
+    static char text[20000];
+    rewind(file);
+    text[fread(text, 1, sizeof text - 1, file)] = '\0';
+    fclose(file);
+    return text;
+}
+
+static void test_bench(void) {
+    if (c->path) c->path->close(c);
+    c->path = NULL;
+    const struct comm_config config = {
+        .slot_floats = 128, .bcast_bytes_max = 512, .gather_bytes_max = 256, .timeout_seconds = 60};
+    CHECK_EQ(comm_setup(c, &config),
+             STATUS_OK); /* all-reduce 256, 512; broadcast 256, 512; gather 256 */
+    const char *text = bench_output(true);
+    if (rank > 0 || size == 1) {
+        CHECK_STR(text, "");
+        return;
+    }
+    json_t *root = json_loads(text, 0, NULL);
+    const json_t *rows = json_object_get(root, "rows");
+    CHECK_EQ(json_integer_value(json_object_get(root, "ranks")), size);
+    CHECK_EQ(json_array_size(rows), 5);
+    for (size_t i = 0; i < json_array_size(rows); i++) {
+        const json_t *row = json_array_get(rows, i);
+        const double own_us = json_number_value(json_object_get(row, "own_us"));
+        const double mpi_us = json_number_value(json_object_get(row, "mpi_us"));
+        CU_ASSERT(own_us > 0 && mpi_us > 0);
+        CHECK_NEAR(json_number_value(json_object_get(row, "ratio")) * mpi_us, own_us,
+                   0.01 * own_us + 0.001 * mpi_us);
+    }
+    json_decref(root);
+}
+
 const struct suite_case suite_cases[] = {
     {"joining: ranks, sizes, hosts", test_join},
     {"agree: the lowest failing rank is heard by all", test_agree},
@@ -386,5 +432,6 @@ const struct suite_case suite_cases[] = {
     {"late ranks change nothing", test_late_ranks},
     {"thousands in a row", test_many},
     {"waiting for a plan costs no processor time", test_idle},
+    {"bench comm: a figure for every size", test_bench},
     {NULL, NULL},
 };

@@ -152,6 +152,13 @@ static void die_with_parent(comm *c) {
     comm_watch_parent(c); /* it may have died just before */
 }
 
+/* How many processes the launcher says it started; 0: it does not say. */
+static int launched_size(void) {
+    const char *text = getenv("OMPI_COMM_WORLD_SIZE");
+    if (!text) text = getenv("PMI_SIZE");
+    return text ? atoi(text) : 0;
+}
+
 enum status comm_mpi_join(comm *c, int *argc, char ***argv) {
     struct mpi_job *job = calloc(1, sizeof *job);
     if (!job) return fail(STATUS_MEMORY, "no memory to join the job");
@@ -174,6 +181,13 @@ enum status comm_mpi_join(comm *c, int *argc, char ***argv) {
     enum status status = STATUS_OK;
     if (c->size > COMM_RANKS_MAX) {
         status = fail(STATUS_USAGE, "%d ranks: at most %d are possible", c->size, COMM_RANKS_MAX);
+    } else if (c->size == 1 &&
+               launched_size() > 1) { /* another MPI's launcher: R separate jobs of one */
+        status = fail(STATUS_COMM,
+                      "the launcher started %d processes, but MPI sees one: use the mpirun of the "
+                      "Open MPI this "
+                      "program was built with",
+                      launched_size());
     } else if (provided < MPI_THREAD_FUNNELED) {
         status = fail(STATUS_COMM,
                       "this MPI does not allow threads (MPI_THREAD_FUNNELED): use another build");
