@@ -1,0 +1,55 @@
+/* bench.c: see bench.h: the choice of a bench, and the arithmetic of their rounds. */
+#include "cmd/bench.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+#include "cmd/commands.h"
+
+void bench_add(struct bench_series *s, double value) {
+    if (s->count < BENCH_ROUNDS_MAX) s->value[s->count++] = value;
+}
+
+static int by_value(const void *a, const void *b) {
+    const double x = *(const double *)a, y = *(const double *)b;
+    return (x > y) - (x < y);
+}
+
+struct bench_summary bench_summarise(const struct bench_series *s) {
+    if (s->count == 0) return (struct bench_summary){0};
+    struct bench_series sorted = *s;
+    qsort(sorted.value, (size_t)s->count, sizeof *sorted.value, by_value);
+    const int mid = s->count / 2;
+    return (struct bench_summary){
+        .median =
+            s->count % 2 ? sorted.value[mid] : (sorted.value[mid - 1] + sorted.value[mid]) / 2,
+        .min = sorted.value[0],
+        .max = sorted.value[s->count - 1],
+    };
+}
+
+void bench_write_summary(struct json_writer *w, const char *key, struct bench_summary s) {
+    json_key(w, key);
+    json_begin(w, '{');
+    json_key(w, "median");
+    json_write_real(w, s.median);
+    json_key(w, "min");
+    json_write_real(w, s.min);
+    json_key(w, "max");
+    json_write_real(w, s.max);
+    json_end(w, '}');
+}
+
+enum status cmd_bench(struct host *h) {
+    static const struct {
+        const char *name;
+        enum status (*run)(struct host *h);
+    } benches[] = {{"step", bench_step},
+                   {"comm", bench_comm},
+                   {"sampler", bench_sampler},
+                   {"tokenizer", bench_tokenizer}};
+    for (size_t i = 0; h->params.positional && i < sizeof benches / sizeof *benches; i++) {
+        if (strcmp(benches[i].name, h->params.positional) == 0) return benches[i].run(h);
+    }
+    return fail(STATUS_USAGE, "bench needs one of: step, comm, sampler, tokenizer");
+}

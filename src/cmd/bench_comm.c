@@ -1,0 +1,15 @@
+/* bench_comm.c: `sfumato bench comm`; the measuring is comm's own, which alone may call MPI. */
+#include "cmd/bench.h"
+#include "comm/comm_bench.h"
+
+enum status bench_comm(struct host *h) {
+    enum { BYTES_MAX = 1 << 20 };
+    static const enum comm_kind kinds[] = {COMM_AUTO, COMM_MPI, COMM_NCCL, COMM_FUSED};
+    const struct comm_config config = {.kind = kinds[h->params.comm],
+                                       .slot_floats = BYTES_MAX / sizeof(float),
+                                       .bcast_bytes_max = BYTES_MAX,
+                                       .gather_bytes_max = BYTES_MAX,
+                                       .timeout_seconds = h->params.collective_timeout};
+    TRY(comm_agree(h->comm, comm_setup(h->comm, &config)));
+    return comm_bench(h->comm, h->params.json);
+}
