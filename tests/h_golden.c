@@ -11,7 +11,7 @@
 #include "suite.h"
 #include "support/vec.h"
 
-enum { ROWS_MAX = 128, PROBES = 2, WIDTH = 32, PAGES = 4 };
+enum { ROWS_MAX = 256, PROBES = 2, WIDTH = 32, PAGES = 4 };
 
 static comm *c;
 static backend *be;
@@ -173,7 +173,7 @@ static void run_all(int chunk) {
             for (int w = 1; w < v.word_count; w++, n++)
                 vec_pair(v.words[w], &g.ids[n], &g.weights[n]);
             g.mix_begin[++g.count] = n;
-            CU_ASSERT_FATAL(g.count < ROWS_MAX);
+            CU_ASSERT_FATAL(g.count <= ROWS_MAX);
         } else if (vec_is(&v, "at")) {
             for (int p = 0; !ran && p < g.count; p += chunk)
                 run_chunk(&g, p, p + chunk < g.count ? p + chunk : g.count);
