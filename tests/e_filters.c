@@ -107,6 +107,18 @@ static void test_filters_by_hand(void) {
     check_token(&(struct think_filters){0.0009f, 0, 1, 0}, 64, 1, ids, (double[]){1});
 }
 
+/* Reaching top_p exactly is enough: of two equal ids the first alone has 0.5. */
+static void test_top_p_is_reached_exactly(void) {
+    struct think_params p = row_params(THINK_SOFT);
+    const float z[] = {1, 1};
+    row_build(&row, z, 2, 1);
+    const struct think_candidates c = row_list(&row, 0, -1);
+    p.thinking.top_p = 0.5f;
+    CHECK_EQ(decide(&p, &c).count, 1);
+    p.thinking.top_p = nextafterf(0.5f, 1);
+    CHECK_EQ(decide(&p, &c).count, 2);
+}
+
 static void test_ties_go_to_the_lower_id(void) {
     struct think_params p = row_params(THINK_SOFT);
     p.max_topk = 5;
@@ -341,6 +353,7 @@ static void test_normalisation(void) {
 const struct suite_case suite_cases[] = {
     {"entropy: known values, a double reference, unchanged by filters", test_entropy},
     {"filters: cases computed by hand", test_filters_by_hand},
+    {"top_p reached exactly", test_top_p_is_reached_exactly},
     {"ties go to the lower id", test_ties_go_to_the_lower_id},
     {"filters: the definition word by word, random rows", test_against_the_textbook},
     {"a short list gives the full row's bits or says it is too short", test_short_lists_are_exact},

@@ -24,7 +24,20 @@ struct filter_result {
     int count; /* survivors listed, at most `wanted` */
     bool cut;  /* some filter is on: the survivors' total is the sum of their masses */
     bool more; /* only when !cut: the row goes on past the list */
+    float mass[THINK_TOPK_MAX]; /* of the first survivors: nearly always all that are needed */
 };
+
+static inline SFUMATO_DEVICE float filter_mass(const struct filter_result *r,
+                                               const struct think_candidates *c, int i) {
+    return i < THINK_TOPK_MAX ? r->mass[i] : token_mass(c, i);
+}
+
+static inline SFUMATO_DEVICE double filter_total(const struct filter_result *r,
+                                                 const struct think_candidates *c, int count) {
+    double total = 0;
+    for (int i = 0; i < count; i++) total += (double)filter_mass(r, c, i);
+    return total;
+}
 
 static inline SFUMATO_DEVICE bool filter_run(const struct think_filters *f,
                                              const struct think_candidates *c, int wanted,
@@ -32,26 +45,22 @@ static inline SFUMATO_DEVICE bool filter_run(const struct think_filters *f,
     int n = 0;
     while (n < c->count && c->z[n] - c->m >= FMATH_EXP_MIN) n++; /* ids with mass */
     bool whole = c->complete || n < c->count; /* nothing with mass is missing from [0, n) */
-    bool total_known = true;
-    double total = (double)c->s;
     out->cut = f->top_k > 0 || f->top_p < 1.0f || f->min_p > 0.0f;
 
-    if (f->top_k > 0 && f->top_k <= n) {
+    const bool top_k_listed = f->top_k > 0 && f->top_k <= n;
+    if (top_k_listed) {
         n = f->top_k;
         whole = true;
-        total = 0;
-        if (f->top_p < 1.0f)
-            for (int i = 0; i < n; i++) total += (double)token_mass(c, i);
-    } else if (f->top_k > 0 && !whole) {
-        total_known =
-            false; /* a cut somewhere past the list: its sum is unknown, its prefix is not */
     }
+    for (int i = 0; i < n && i < THINK_TOPK_MAX; i++) out->mass[i] = token_mass(c, i);
     if (f->top_p < 1.0f) {
-        if (!total_known) return false;
+        /* a top_k cut past the list: part of the kept sum is there too */
+        if (f->top_k > 0 && !whole) return false;
+        const double total = top_k_listed ? filter_total(out, c, n) : (double)c->s;
         const double target = (double)f->top_p * total;
         double cumulative = 0;
         for (int i = 0; i < n; i++) {
-            cumulative += (double)token_mass(c, i);
+            cumulative += (double)filter_mass(out, c, i);
             if (cumulative >= target) {
                 n = i + 1;
                 whole = true;
@@ -60,9 +69,9 @@ static inline SFUMATO_DEVICE bool filter_run(const struct think_filters *f,
         }
     }
     if (f->min_p > 0.0f) {
-        const double floor = (double)f->min_p * (double)token_mass(c, 0);
+        const double floor = (double)f->min_p * (double)out->mass[0];
         for (int i = 1; i < n; i++)
-            if ((double)token_mass(c, i) < floor) {
+            if ((double)filter_mass(out, c, i) < floor) {
                 n = i;
                 whole = true;
                 break;

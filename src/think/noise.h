@@ -46,7 +46,16 @@ static inline SFUMATO_DEVICE double noise_log(double x) {
     }
     const double s = (m - 1.0) / (m + 1.0), t = s * s; /* t <= 0.0295: t^11 / 23 < 2^-60 */
     double sum = 1.0 / 21;
-    for (int odd = 19; odd >= 1; odd -= 2) sum = sum * t + 1.0 / odd;
+    sum = sum * t + 1.0 / 19;
+    sum = sum * t + 1.0 / 17;
+    sum = sum * t + 1.0 / 15;
+    sum = sum * t + 1.0 / 13;
+    sum = sum * t + 1.0 / 11;
+    sum = sum * t + 1.0 / 9;
+    sum = sum * t + 1.0 / 7;
+    sum = sum * t + 1.0 / 5;
+    sum = sum * t + 1.0 / 3;
+    sum = sum * t + 1.0;
     return 2.0 * s * sum + exponent * 0.69314718055994530942;
 }
 
@@ -60,8 +69,27 @@ static inline SFUMATO_DEVICE double noise_cos_turns(double t) {
     }
     const bool sine = t > 0.125; /* cos a = sin(pi/2 - a) */
     const double a = 6.283185307179586477 * (sine ? 0.25 - t : t), a2 = a * a;
-    double sum = 1.0; /* 1 - a2/(k-1)k (1 - a2/(k-3)(k-2) (...)), |a| <= pi/4: a^18/18! < 2^-58 */
-    for (int k = sine ? 17 : 16; k >= 2; k -= 2) sum = 1.0 - a2 / ((k - 1.0) * k) * sum;
+    /* cos: 1 - a2/(1 2) (1 - a2/(3 4) (...)), sin/a: 1 - a2/(2 3) (1 - a2/(4 5) (...)); a^18/18! < 2^-58 */
+    double sum = 1.0;
+    if (sine) {
+        sum = 1.0 - a2 * (1.0 / 272) * sum;
+        sum = 1.0 - a2 * (1.0 / 210) * sum;
+        sum = 1.0 - a2 * (1.0 / 156) * sum;
+        sum = 1.0 - a2 * (1.0 / 110) * sum;
+        sum = 1.0 - a2 * (1.0 / 72) * sum;
+        sum = 1.0 - a2 * (1.0 / 42) * sum;
+        sum = 1.0 - a2 * (1.0 / 20) * sum;
+        sum = 1.0 - a2 * (1.0 / 6) * sum;
+    } else {
+        sum = 1.0 - a2 * (1.0 / 240) * sum;
+        sum = 1.0 - a2 * (1.0 / 182) * sum;
+        sum = 1.0 - a2 * (1.0 / 132) * sum;
+        sum = 1.0 - a2 * (1.0 / 90) * sum;
+        sum = 1.0 - a2 * (1.0 / 56) * sum;
+        sum = 1.0 - a2 * (1.0 / 30) * sum;
+        sum = 1.0 - a2 * (1.0 / 12) * sum;
+        sum = 1.0 - a2 * (1.0 / 2) * sum;
+    }
     return sign * (sine ? a * sum : sum);
 }
 

@@ -16,15 +16,13 @@ static inline SFUMATO_DEVICE bool policy_dirichlet(const struct policy_input *in
     const struct think_candidates *c = in->candidates;
     struct filter_result survivors;
     if (!filter_run(in->filters, c, FILTER_ALL, &survivors) || survivors.more) return false;
-    double total = 0;
-    for (int i = 0; i < survivors.count; i++) total += (double)token_mass(c, i);
+    const double total = filter_total(&survivors, c, survivors.count);
 
-    double largest[THINK_TOPK_MAX]; /* ln of the gamma variates, (value desc, id asc); ids beside in
-                                       out */
+    double largest[THINK_TOPK_MAX]; /* ln of the variates of out->ids, (value desc, id asc) */
     out->count = 0;
     for (int i = 0; i < survivors.count; i++) {
         const double shape =
-            (double)in->params->dirichlet_alpha * ((double)token_mass(c, i) / total);
+            (double)in->params->dirichlet_alpha * ((double)filter_mass(&survivors, c, i) / total);
         const double value = noise_gamma_log(&in->noise, shape, (uint32_t)i);
         const uint32_t id = c->id[i];
         int k = out->count;

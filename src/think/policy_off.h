@@ -15,16 +15,13 @@ static inline SFUMATO_DEVICE bool policy_off(const struct policy_input *in,
     const struct think_candidates *c = in->candidates;
     struct filter_result survivors;
     if (!filter_run(in->filters, c, FILTER_ALL, &survivors)) return false;
-    double total = (double)c->s;
-    if (survivors.cut) {
-        total = 0;
-        for (int i = 0; i < survivors.count; i++) total += (double)token_mass(c, i);
-    }
+    const double total =
+        survivors.cut ? filter_total(&survivors, c, survivors.count) : (double)c->s;
     const rng_block draw = noise_draw(&in->noise, RNG_CATEGORICAL, 0, 0);
     const double target = (double)rng_uniform(draw.word[0]) * total;
     double cumulative = 0;
     for (int i = 0; i < survivors.count; i++) {
-        cumulative += (double)token_mass(c, i);
+        cumulative += (double)filter_mass(&survivors, c, i);
         if (cumulative > target) {
             token_one_hot(out, c->id[i]);
             return true;

@@ -11,7 +11,7 @@ static inline SFUMATO_DEVICE bool policy_soft(const struct policy_input *in,
     if (!filter_run(in->filters, c, in->params->max_topk, &survivors) || survivors.more)
         return false;
     out->count = 0;
-    for (int i = 0; i < survivors.count; i++) token_add(out, c->id[i], token_mass(c, i));
+    for (int i = 0; i < survivors.count; i++) token_add(out, c->id[i], survivors.mass[i]);
     token_normalise(out);
     return true;
 }

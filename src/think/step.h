@@ -44,7 +44,7 @@ static inline SFUMATO_DEVICE float step_probability(const struct think_candidate
     for (int i = 0; i < c->count; i++)
         if (c->id[i] == id) return token_mass(c, i) / c->s;
     if (stop_is_marker(id, close_id)) return fmath_exp(c->close_z - c->m) / c->s;
-    return c->complete ? 0.0f : NAN;
+    return NAN;
 }
 
 static inline SFUMATO_DEVICE bool step_token(enum think_mode mode, const struct policy_input *in,
