@@ -301,7 +301,8 @@ enum status host_open_model(struct host *h) {
     TRY(agree_on_everything(h));
     TRY(host_phase(h, STATUS_OK, "compute backend", backend_isa_name(h->backend->isa)));
     TRY(load_weights(h));
-    TRY(host_phase(h, setup_comm(h), "communication", comm_path_name(h->comm)));
+    const enum status connected = setup_comm(h);
+    TRY(host_phase(h, connected, "communication", comm_path_name(h->comm)));
     TRY(host_phase(h, model_kv_new(h->model, h->engine_options.page_count), "KV cache", NULL));
     log_ranks(h);
     const double tokens = 64.0 * h->engine_options.page_count;
