@@ -1,9 +1,7 @@
-/* e_rows.h: rows of logits for the thinking suites: what the backend and the exchange would hand
- * over.
+/* e_rows.h: rows of logits for the thinking suites: what the merged candidates would be.
  *
  * row_build does it the slow, obvious way: divide, sort everything, statistics in double. row_list
- * then shows the first `count` ids as a candidate list, or the whole row. Thread: one; memory: the
- * row.
+ * then shows the first `count` ids as a candidate list, or the whole row.
  */
 #ifndef SFUMATO_TESTS_E_ROWS_H
 #define SFUMATO_TESTS_E_ROWS_H

@@ -1,17 +1,16 @@
-/* filter.h: top_k, top_p, min_p over a sorted candidate list, exactly, or an honest "list too
- * short".
+/* filter.h: top_k, top_p, min_p over a sorted candidate list: exactly, or "the list is too short".
  *
  *   list   z'_0 >= z'_1 >= ... z'_{n-1} | ids that were not sent (all <= z'_{n-1})
  *          survivors are always a prefix: [0, count)
  *
  * All three filters cut a suffix, so the survivors are a prefix of the row's full order, and they
  * are kept as masses e_i = e^(z'_i - M) without dividing: renormalising between the filters changes
- * only the total that top_p is compared with (S, or the sum of the first top_k). The row goes on
- * past the list unless the list is complete, shows an id without mass (everything after has none
- * either), or a filter cut inside it. filter_run answers false unless the asked-for survivors are
- * exactly those of the complete row; then every list that is long enough gives the same bits: the
- * same masses, added in the same order. Totals are sums in double: over 150,000 sorted masses an
- * fp32 sum loses the tail.
+ * only the total that top_p is compared with (S, or the sum of the first top_k).
+ * The row goes on past the list unless the list is complete, shows an id without mass (everything
+ * after has none either), or a filter cut inside it. filter_run answers false unless the wanted
+ * survivors are exactly those of the complete row; then every list that is long enough gives the
+ * same bits: the same masses, added in the same order. Totals are sums in double: over 150,000
+ * sorted masses an fp32 sum loses the tail.
  */
 #ifndef SFUMATO_THINK_FILTER_H
 #define SFUMATO_THINK_FILTER_H
@@ -39,6 +38,8 @@ static inline SFUMATO_DEVICE double filter_total(const struct filter_result *r,
     return total;
 }
 
+/* The first `wanted` survivors (all of them: FILTER_ALL). False: the list is too short to know. An
+ * unfiltered row is never refused: `more` then tells that it goes on. */
 static inline SFUMATO_DEVICE bool filter_run(const struct think_filters *f,
                                              const struct think_candidates *c, int wanted,
                                              struct filter_result *out) {

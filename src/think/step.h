@@ -37,8 +37,8 @@ static inline SFUMATO_DEVICE float step_entropy(const struct think_candidates *c
     return h > 0.0f ? h : 0.0f;
 }
 
-/* Probability before the filters, at the row's temperature. The close marker's is always known;
- * another id that is not listed has none that a step could compute. */
+/* Probability before the filters, at the row's temperature: of a listed id or of the close marker,
+ * which is always watched. NAN for another id; no policy chooses one so far. */
 static inline SFUMATO_DEVICE float step_probability(const struct think_candidates *c, uint32_t id,
                                                     int close_id) {
     for (int i = 0; i < c->count; i++)

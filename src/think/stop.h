@@ -1,5 +1,4 @@
-/* stop.h: how thinking and the answer end: markers, end-of-sequence ids, cold stop, budget,
- * watchdog.
+/* stop.h: what ends thinking and the answer: markers, end of sequence, cold stop, budget, watchdog.
  *
  * stop_thinking applies §4.8 in its order: close marker, end of sequence, cold stop, budget, then
  * the collapse watchdog (§9). A step that ends thinking becomes the close marker, one-hot; a model

@@ -1,13 +1,14 @@
 /* think.h: THE soft-thinking module's interface (soft-thinking.md, normative).
  *
- *   candidates of one row  ──►  think_step  ──►  decision: trace id, concept token, phase, H, end,
- * finish (merged over ranks)         + parameters
+ *   candidates of one row  ──►  think_step  ──►  decision: trace id, concept token, phase,
+ *   (merged over ranks)         + parameters               H, end, finish
  *                               + per-sequence state
  *
  * think_step is pure: no allocation, no I/O, no clock, no globals; randomness only from rng.h with
- * the counter of soft-thinking.md §6. The step itself lives in headers (filter.h, stop.h,
- * policy_*.h, step.h) that also compile as CUDA C++; think.c holds validation and names. Refuses to
- * know: tokenizers, ranks, logits tensors, requests. Knows ids, floats and counters.
+ * the counter of soft-thinking.md §6. The step itself lives in headers (token.h, filter.h, noise.h,
+ * policy_*.h, stop.h, step.h: read them in this order) that also compile as CUDA C++; think.c holds
+ * validation and names.
+ * Refuses to know: tokenizers, ranks, logits tensors, requests. Knows ids, floats and counters.
  */
 #ifndef SFUMATO_THINK_THINK_H
 #define SFUMATO_THINK_THINK_H
@@ -26,12 +27,14 @@ enum {
 };
 #define THINK_TEMPERATURE_MIN 1e-3f /* below: acts as 0 */
 
+/* clang-format off */
 enum think_mode { /* THINK_OFF, THINK_SOFT, ... */
 #define POLICY(NAME, name, soft, help) THINK_##NAME,
 #include "think/policies.def"
 #undef POLICY
-                  THINK_MODE_COUNT
+    THINK_MODE_COUNT
 };
+/* clang-format on */
 enum think_phase { PHASE_ANSWER, PHASE_THINKING };
 enum think_end {
     END_NONE,
@@ -45,11 +48,8 @@ enum think_end {
 enum think_on_eos { ON_EOS_CLOSE, ON_EOS_FINISH, ON_EOS_MASK };
 enum think_start { START_AUTO, START_FIRST_TOKEN };
 enum think_compat { COMPAT_NONE, COMPAT_OFFICIAL_2025_05, COMPAT_OFFICIAL_2026_01 };
-enum think_finish {
-    FINISH_NONE,
-    FINISH_EOS,
-    FINISH_LOOP_BREAK
-}; /* what the step itself concludes */
+/* What the step itself concludes. */
+enum think_finish { FINISH_NONE, FINISH_EOS, FINISH_LOOP_BREAK };
 
 const char *think_mode_name(enum think_mode m);
 const char *think_mode_help(enum think_mode m); /* one line, for --help */
@@ -95,13 +95,11 @@ struct think_params {
     int watchdog_repeats; /* 0 = off, 2..32: a trace n-gram this many times in a row closes */
 };
 
-/* Ranges of soft-thinking.md §2 with the field name in the fault's param
- * ("soft_thinking.max_topk"); STATUS_REQUEST when one is broken. vocab_count: ids the tokenizer
- * knows. */
+/* Ranges of soft-thinking.md §2: STATUS_REQUEST when one is broken, the field's name in the fault's
+ * param ("soft_thinking.max_topk"). vocab_count: ids the tokenizer knows. */
 enum status think_params_check(const struct think_params *p, int vocab_count);
 
-/* What the rules remember between steps. POD, no pointers: part of a preempted sequence's record.
- */
+/* What the rules remember between steps. POD, no pointers: part of a preempted sequence. */
 struct think_state {
     enum think_phase phase; /* of the step about to be decided */
     enum think_end end;     /* END_NONE while thinking has not ended */
@@ -116,8 +114,7 @@ struct think_state {
     uint32_t watchdog_ring[THINK_WATCHDOG_IDS]; /* trace ids of the latest thinking steps */
 };
 
-/* Phase of the first generated step, from the prompt's ids (last open marker without a close
- * after). */
+/* Phase of the first generated step, from the prompt's ids (an open marker, no close after it). */
 void think_state_init(struct think_state *s, const struct think_params *p,
                       const uint32_t *prompt_ids, int64_t prompt_count);
 
@@ -130,8 +127,7 @@ bool think_row_masks_eos(const struct think_params *p, const struct think_state 
 
 /* Candidates of one row, merged over all ranks: z' = z / T after bias, penalties, masks;
  * sorted by (z' desc, id asc). M, S, Q as soft-thinking.md §4.1 over the whole vocabulary.
- * Before think_step: m must be finite (a row of NaN or with every id masked is the engine's error).
- */
+ * m must be finite: a row of NaN, or with every id masked, must not come here. */
 struct think_candidates {
     float m, s, q;
     int count;          /* entries listed, >= 1 */

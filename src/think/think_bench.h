@@ -1,4 +1,4 @@
-/* think_bench.h: what the thinking step costs by itself (`sfumato bench sampler` prints it).
+/* think_bench.h: what the thinking step costs by itself, for benchmarks.
  *
  * Times think_step on one thread over rows that look like a language model's, at the default filters.
  * The statistics and the candidates before it belong to the backend and are timed there.
