@@ -4,7 +4,7 @@
  * The digest before a position is the key, the position's (id, weight bits) pairs are the message,
  * eight bytes a pair; the tag is the digest after it. A keyed PRF, because prompts are chosen by
  * strangers and a collision would show one user's KV to another: without the process's seed nobody
- * can compute digests, and finding a pair by chance needs about 2^64 blocks. An id costs some 30 ns.
+ * can compute digests, and finding a pair by chance needs about 2^64 blocks. An id costs about 100 ns.
  */
 #include "kv/prefix.h"
 
