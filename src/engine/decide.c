@@ -22,10 +22,10 @@ static _Noreturn void broken_records(struct engine *e, const struct ask *ask) {
     comm_abort(e->comm, STATUS_COMM, text);
 }
 
-static void merge_row_of(struct engine *e, const struct ask *ask, const void *gathered, int probe,
-                         int keep, struct merge_row *out) {
-    if (merge_records(gathered, comm_size(e->comm), &e->assembly.batch, probe, keep, e->vocab_begin,
-                      out) != STATUS_OK)
+static void merge_row_of(struct engine *e, const struct ask *ask, int probe, int keep,
+                         struct merge_row *out) {
+    if (merge_records(e->gathered, comm_size(e->comm), &e->assembly.batch, probe, keep,
+                      e->vocab_begin, out) != STATUS_OK)
         broken_records(e, ask);
 }
 
@@ -33,6 +33,10 @@ static void merge_row_of(struct engine *e, const struct ask *ask, const void *ga
 static int64_t fetch_full(struct engine *e, int probe) {
     const struct batch *b = &e->assembly.batch;
     e->counters.full_fetches++;
+    if (e->gathered != e->kept_records) { /* the fetch's gather ends the life of the step's */
+        memcpy(e->kept_records, e->gathered, e->gathered_bytes);
+        e->gathered = e->kept_records;
+    }
     step_send(&e->rank, PLAN_FETCH, e->step, b, probe);
     const float *gathered = step_fetch(&e->rank, b, probe);
     return merge_full(gathered, comm_size(e->comm), e->rank.logits_stride, e->vocab_begin,
@@ -132,11 +136,11 @@ static bool decide_ending(struct sequence *s, const struct think_decision *d, st
     return true;
 }
 
-static void decide_generated(struct engine *e, const struct ask *ask, const void *gathered) {
+static void decide_generated(struct engine *e, const struct ask *ask) {
     struct sequence *s = ask->sequence;
     const struct request *r = &s->task->request;
     struct merge_row row, other;
-    merge_row_of(e, ask, gathered, ask->own_probe, ask->keep, &row);
+    merge_row_of(e, ask, ask->own_probe, ask->keep, &row);
     struct ending ending = {.finish = FINISH_REASON_ERROR};
     if (row.count == 0) { /* every id is masked: nothing can follow */
         engine_end(e, s, &ending, false);
@@ -150,7 +154,7 @@ static void decide_generated(struct engine *e, const struct ask *ask, const void
     if (r->logprobs) {
         const struct merge_row *raw = &row;
         if (ask->raw_probe != ask->own_probe) {
-            merge_row_of(e, ask, gathered, ask->raw_probe, ask->keep, &other);
+            merge_row_of(e, ask, ask->raw_probe, ask->keep, &other);
             raw = &other;
         }
         report.logprob = raw_logprob(e, ask, raw, d.trace_id);
@@ -171,14 +175,14 @@ static void decide_generated(struct engine *e, const struct ask *ask, const void
 }
 
 /* One position of a score request. ln p of a concept token is the weighted sum of its entries'. */
-static void decide_scored(struct engine *e, const struct ask *ask, const void *gathered) {
+static void decide_scored(struct engine *e, const struct ask *ask) {
     struct sequence *s = ask->sequence;
     const struct request *r = &s->task->request;
     struct merge_row raw, own;
-    merge_row_of(e, ask, gathered, ask->raw_probe, ask->keep, &raw);
+    merge_row_of(e, ask, ask->raw_probe, ask->keep, &raw);
     const struct merge_row *row = &raw;
     if (ask->own_probe != ask->raw_probe) {
-        merge_row_of(e, ask, gathered, ask->own_probe, ask->keep, &own);
+        merge_row_of(e, ask, ask->own_probe, ask->keep, &own);
         row = &own;
     }
     const struct think_candidates statistics = {.m = row->m, .s = row->s, .q = row->q};
@@ -207,11 +211,11 @@ static void decide_scored(struct engine *e, const struct ask *ask, const void *g
     engine_end(e, s, &(struct ending){.finish = FINISH_REASON_LENGTH}, false);
 }
 
-void decide_row(struct engine *e, const struct ask *ask, const void *gathered) {
+void decide_row(struct engine *e, const struct ask *ask) {
     if (ask->sequence->state == SEQUENCE_DONE) return; /* cancelled by an event of this step */
     if (ask->sequence->task->request.score) {
-        decide_scored(e, ask, gathered);
+        decide_scored(e, ask);
     } else {
-        decide_generated(e, ask, gathered);
+        decide_generated(e, ask);
     }
 }

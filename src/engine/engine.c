@@ -64,10 +64,11 @@ enum status engine_new(model *m, comm *c, const struct engine_options *options,
         out);
     TRY_GOTO(assembly_init(&e->assembly, &e->rank.limits), out);
     const size_t vocab = (size_t)e->options.vocab_count;
+    e->kept_records = malloc((size_t)comm_size(c) * step_records_bytes_max(&e->rank.limits));
     e->full_keys = malloc(2 * vocab * sizeof *e->full_keys);
     e->full_z = malloc(vocab * sizeof *e->full_z);
     e->full_id = malloc(vocab * sizeof *e->full_id);
-    if (!e->full_keys || !e->full_z || !e->full_id) {
+    if (!e->kept_records || !e->full_keys || !e->full_z || !e->full_id) {
         status = fail(STATUS_MEMORY, "no memory for a row of %zu logits", vocab);
         goto out;
     }
@@ -92,6 +93,7 @@ void engine_free(engine *e) {
     sched_fini(&e->sched);
     assembly_fini(&e->assembly);
     step_fini(&e->rank);
+    free(e->kept_records);
     free(e->full_keys);
     free(e->full_z);
     free(e->full_id);
@@ -252,10 +254,11 @@ bool engine_tick(engine *e) {
     assembly_make(&e->assembly, e->sched.works, e->sched.work_count);
     step_send(&e->rank, PLAN_STEP, e->step, &e->assembly.batch, 0);
     const double planned = now_seconds();
-    const void *gathered = step_forward(&e->rank, &e->assembly.batch);
+    e->gathered = step_forward(&e->rank, &e->assembly.batch);
+    e->gathered_bytes = (size_t)comm_size(e->comm) * step_records_bytes(&e->assembly.batch);
     const double computed = now_seconds();
     sched_computed(&e->sched);
-    for (int i = 0; i < e->assembly.ask_count; i++) decide_row(e, &e->assembly.asks[i], gathered);
+    for (int i = 0; i < e->assembly.ask_count; i++) decide_row(e, &e->assembly.asks[i]);
     e->step++;
     e->in_tick = false;
     free_finished_tasks(e);

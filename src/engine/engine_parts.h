@@ -28,10 +28,13 @@ struct engine {
     int held_count, finished_tasks; /* sequences waiting for a shared thought; tasks to free */
     bool in_tick;
     struct engine_counters counters;
+    const void *gathered; /* [R][probes] records of this step */
+    size_t gathered_bytes;
     /* the slow path */
-    uint64_t *full_keys; /* [2 V] */
-    float *full_z;       /* [V] */
-    uint32_t *full_id;   /* [V] */
+    unsigned char *kept_records; /* copy of gathered, from the step's first fetch on */
+    uint64_t *full_keys;         /* [2 V] */
+    float *full_z;               /* [V] */
+    uint32_t *full_id;           /* [V] */
 };
 
 /* What an answered step says to the outside, besides the decision. */
@@ -53,8 +56,8 @@ void engine_emit_step(struct engine *e, struct sequence *s, const struct step_re
 /* Releases everything of the sequence and, unless quiet, sends its last event. */
 void engine_end(struct engine *e, struct sequence *s, const struct ending *ending, bool quiet);
 
-/* decide.c: answers one row. gathered: [R][probes] records. */
-void decide_row(struct engine *e, const struct ask *ask, const void *gathered);
+/* decide.c: answers one row from e->gathered. */
+void decide_row(struct engine *e, const struct ask *ask);
 
 /* share.c: after choice 0 of a sharing task was decided (and its event sent). ending: NULL while it goes on. */
 void share_step(struct engine *e, struct sequence *s, const struct step_report *report);

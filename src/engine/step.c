@@ -51,8 +51,12 @@ void step_limits(const struct engine_options *options, int64_t vocab_count,
     };
 }
 
-static size_t records_bytes_max(const struct plan_limits *limits) {
+size_t step_records_bytes_max(const struct plan_limits *limits) {
     return (size_t)limits->probes_max * (size_t)batch_record_bytes(THINK_TOPK_MAX, THINK_TOPK_MAX);
+}
+
+size_t step_records_bytes(const struct batch *b) {
+    return (size_t)b->probe_count * (size_t)batch_record_bytes(b->candidate_count, b->watch_max);
 }
 
 void engine_comm_needs(const struct engine_options *options, size_t *bcast_bytes,
@@ -60,7 +64,7 @@ void engine_comm_needs(const struct engine_options *options, size_t *bcast_bytes
     struct plan_limits limits;
     step_limits(options, 0, &limits);
     const size_t full = (size_t)vocab_local_max * sizeof(float),
-                 records = records_bytes_max(&limits);
+                 records = step_records_bytes_max(&limits);
     *bcast_bytes = plan_bytes_max(&limits);
     *gather_bytes = full > records ? full : records;
 }
@@ -72,12 +76,12 @@ enum status step_init(struct step_rank *r, model *m, comm *c,
     step_limits(options, options->vocab_count > 0 ? options->vocab_count : rows, &r->limits);
     r->plan_capacity = plan_bytes_max(&r->limits);
     if (comm_rank(c) == 0) r->plan = malloc(r->plan_capacity);
-    r->records = calloc(1, records_bytes_max(&r->limits));
+    r->records = calloc(1, step_records_bytes_max(&r->limits));
     r->logits = calloc((size_t)r->logits_stride, sizeof *r->logits);
     if ((comm_rank(c) == 0 && !r->plan) || !r->records || !r->logits)
         return fail(STATUS_MEMORY,
                     "no memory for plans and records (%zu bytes): lower --max-num-batched-tokens",
-                    r->plan_capacity + records_bytes_max(&r->limits));
+                    r->plan_capacity + step_records_bytes_max(&r->limits));
     return STATUS_OK;
 }
 
@@ -98,8 +102,7 @@ const void *step_forward(struct step_rank *r, const struct batch *batch) {
     const int delay_ms = fault_delay_ms();
     if (delay_ms > 0) usleep((useconds_t)delay_ms * 1000);
     model_step(r->model, batch, r->records);
-    const int64_t stride = batch_record_bytes(batch->candidate_count, batch->watch_max);
-    return comm_gather(r->comm, r->records, (size_t)(stride * batch->probe_count));
+    return comm_gather(r->comm, r->records, step_records_bytes(batch));
 }
 
 const float *step_fetch(struct step_rank *r, const struct batch *batch, int probe) {

@@ -35,6 +35,10 @@ struct engine_options step_options(const struct engine_options *options);
 void step_limits(const struct engine_options *options, int64_t vocab_count,
                  struct plan_limits *out);
 
+/* One rank's records of a batch. */
+size_t step_records_bytes(const struct batch *b);
+size_t step_records_bytes_max(const struct plan_limits *limits);
+
 enum status step_init(struct step_rank *r, model *m, comm *c, const struct engine_options *options);
 void step_fini(struct step_rank *r);
 
