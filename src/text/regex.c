@@ -7,6 +7,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "text/regex_unicode.h"
 #include "text/utf8.h"
 
 enum {
@@ -39,7 +40,8 @@ static const char NOT_SPACE[] =
     "\\x00-\\x08\\x0e-\\x1f\\x21-\\x84\\x86-\\x9f\\xa1-\\x{167f}\\x{1681}-\\x{1fff}\\x{200b}-\\x{"
     "2027}"
     "\\x{202a}-\\x{202e}\\x{2030}-\\x{205e}\\x{2060}-\\x{2fff}\\x{3001}-\\x{10ffff}";
-static const char WORD[] = "\\p{Alphabetic}\\p{M}\\p{Nd}\\p{Pc}";
+/* Oniguruma counts the superscripts and fractions of Latin-1 as word characters. */
+static const char WORD[] = "\\p{Alphabetic}\\p{M}\\p{Nd}\\p{Pc}\\xb2\\xb3\\xb9\\xbc-\\xbe";
 static const char HEX[] = "0-9a-fA-F";
 
 struct translation {
@@ -57,14 +59,6 @@ static enum status add(struct translation *t, const char *text) {
     return text_add(&t->out, text, strlen(text));
 }
 
-/* A set, bare inside a class, bracketed outside. */
-static enum status add_set(struct translation *t, const char *set, bool negated) {
-    if (t->in_class) return add(t, set);
-    TRY(add(t, negated ? "[^" : "["));
-    TRY(add(t, set));
-    return add(t, "]");
-}
-
 /* Does PCRE2 know this property name? */
 static bool property_exists(const char *name) {
     char pattern[80];
@@ -75,6 +69,20 @@ static bool property_exists(const char *name) {
         pcre2_compile((PCRE2_SPTR)pattern, PCRE2_ZERO_TERMINATED, PCRE2_UTF, &error, &offset, NULL);
     pcre2_code_free(code);
     return code != NULL;
+}
+
+/* New characters of a property: of all general categories that its name is a beginning of ("L" -> "Lu", ...). */
+static enum status add_new_characters(struct translation *t, const char *name) {
+    static const struct {
+        const char *name, *ranges;
+    } rows[] = {
+#define X(category, ranges) {#category, ranges},
+        REGEX_NEW_CHARACTERS(X)
+#undef X
+    };
+    for (size_t i = 0; i < sizeof rows / sizeof *rows; i++)
+        if (strncmp(rows[i].name, name, strlen(name)) == 0) TRY(add(t, rows[i].ranges));
+    return STATUS_OK;
 }
 
 /* \p{...} and \P{...}: a script name means the script itself to Oniguruma, but the larger set of
@@ -98,15 +106,39 @@ static enum status translate_property(struct translation *t, char letter) {
         if ((uint8_t)*c < 0x20 || (uint8_t)*c > 0x7E || *c == '\\')
             return refuse("a strange \\p{name}");
     const bool is_script = strlen(plain) > 2 && property_exists(script);
-    if (!is_script && !property_exists(plain)) {
+    const bool is_category = strlen(plain) <= 2 && property_exists(plain);
+    if (!is_script &&
+        !is_category) { /* other properties differ between the two in many characters */
         char what[80];
         snprintf(what, sizeof what, "the property \\p{%s}", plain);
         return refuse(what);
     }
-    TRY(add(t, negated ? "\\P{" : "\\p{"));
-    TRY(add(t, is_script ? script : plain));
     t->at += (size_t)(close - rest) + 1;
-    return add(t, "}");
+    const char *known = is_script ? script : plain;
+    if (t->in_class && negated) {
+        /* No way to take the new characters out again; they count as not having the property. */
+        TRY(add(t, "\\P{"));
+        TRY(add(t, known));
+        return add(t, "}");
+    }
+    if (!t->in_class) TRY(add(t, negated ? "[^" : "["));
+    TRY(add(t, "\\p{"));
+    TRY(add(t, known));
+    TRY(add(t, "}"));
+    TRY(add_new_characters(t, plain));
+    return t->in_class ? STATUS_OK : add(t, "]");
+}
+
+/* A set for \s, \w or \h, bare inside a class, bracketed outside. */
+static enum status add_set(struct translation *t, const char *set, bool negated) {
+    if (!t->in_class) TRY(add(t, negated ? "[^" : "["));
+    TRY(add(t, set));
+    if (set == WORD) {
+        TRY(add_new_characters(t, "L"));
+        TRY(add_new_characters(t, "M"));
+        TRY(add_new_characters(t, "Nd"));
+    }
+    return t->in_class ? STATUS_OK : add(t, "]");
 }
 
 static enum status translate_escape(struct translation *t) {
@@ -135,9 +167,13 @@ static enum status translate_escape(struct translation *t) {
             if (t->in_class && c == 'b') break;
             return refuse("\\b");
         case 'd':
-            return add(t, "\\p{Nd}");
-        case 'D':
-            return add(t, "\\P{Nd}");
+        case 'D': {
+            struct translation digit = {
+                .in = "{Nd}", .n = 4, .out = t->out, .in_class = t->in_class};
+            const enum status status = translate_property(&digit, c == 'd' ? 'p' : 'P');
+            t->out = digit.out;
+            return status;
+        }
         case 'A':
         case 'z':
         case 'Z':

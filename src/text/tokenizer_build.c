@@ -126,7 +126,9 @@ static enum status decode_piece(tokenizer *t, const char *text, size_t n,
     return STATUS_OK;
 }
 
-static enum status add_to_sets(tokenizer *t) {
+/* Fills what text is searched for, and what the ids of added tokens decode to. A "normalized" token is both
+ * found as and decoded to its normalized text. */
+static enum status finish_entries(tokenizer *t) {
     enum status status = STATUS_OK;
     struct text_buffer text = {0};
     for (size_t i = 0; i < t->entry_count; i++) {
@@ -142,10 +144,20 @@ static enum status add_to_sets(tokenizer *t) {
             }
         }
         TRY_GOTO(added_add(e->normalized ? t->normalized : t->raw, token), out);
+        TRY_GOTO(decode_piece(t, token.text, token.n, &t->pieces[e->id]), out);
+        t->special[e->id] = e->special;
     }
 out:
     free(text.bytes);
     return status;
+}
+
+static enum status check_frame(const tokenizer *t, const uint32_t *ids, int count) {
+    for (int i = 0; i < count; i++)
+        if (ids[i] >= t->vocab_count)
+            return fail(STATUS_MODEL, "tokenizer: the post-processor uses the unknown id %u",
+                        ids[i]);
+    return STATUS_OK;
 }
 
 enum status tokenizer_end(tokenizer *t) {
@@ -158,18 +170,7 @@ enum status tokenizer_end(tokenizer *t) {
     for (size_t id = 0; id < t->model_count; id++)
         if (t->model[id].bytes != NULL)
             TRY(decode_piece(t, t->model[id].bytes, t->model[id].n, &t->pieces[id]));
-    for (size_t i = 0; i < t->entry_count; i++) {
-        const struct added_entry *e = &t->entries[i];
-        TRY(decode_piece(t, e->text, e->n, &t->pieces[e->id]));
-        t->special[e->id] = e->special;
-    }
-    for (int i = 0; i < t->before_count; i++)
-        if (t->before[i] >= t->vocab_count)
-            return fail(STATUS_MODEL, "tokenizer: the post-processor uses the unknown id %u",
-                        t->before[i]);
-    for (int i = 0; i < t->after_count; i++)
-        if (t->after[i] >= t->vocab_count)
-            return fail(STATUS_MODEL, "tokenizer: the post-processor uses the unknown id %u",
-                        t->after[i]);
-    return add_to_sets(t);
+    TRY(check_frame(t, t->before, t->before_count));
+    TRY(check_frame(t, t->after, t->after_count));
+    return finish_entries(t);
 }

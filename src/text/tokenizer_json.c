@@ -190,6 +190,9 @@ static enum status read_template(tokenizer *t, const json_t *object) {
 
 static enum status read_post_processor(tokenizer *t, const json_t *object) {
     if (is_type(object, "ByteLevel")) return STATUS_OK; /* only moves offsets */
+    /* A second template in a Sequence sees the parts that the first one made, not a text. */
+    if (t->before_count + t->after_count > 0)
+        return refuse("post-processor", "a sequence of templates");
     if (is_type(object, "TemplateProcessing")) return read_template(t, object);
     if (is_type(object, "RobertaProcessing")) { /* "cls": ["<s>", 0], "sep": ["</s>", 2] */
         const json_t *cls = json_array_get(json_object_get(object, "cls"), 1);
