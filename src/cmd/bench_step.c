@@ -23,7 +23,7 @@ enum { BATCHES_MAX = 16, WARM_STEPS = 4, STEPS_MAX = 32, ROUND_TARGET_MS = 60 };
 
 enum order_kind { ORDER_SWEEP = 1, ORDER_FOLLOW, ORDER_END };
 struct order {
-    int32_t kind;
+    int32_t kind, repeats;
     int64_t kv_tokens;
 };
 struct sweep_answer {
@@ -52,13 +52,16 @@ struct step_bench {
 
 /* ---- all ranks ---- */
 
-static struct sweep_answer own_sweep(struct host *h, int64_t kv_tokens) {
+/* The mean of some sweeps: as many as the round has steps, since one sweep of a small model is too short. */
+static struct sweep_answer own_sweep(struct host *h, int64_t kv_tokens, int repeats) {
     struct sweep_answer a = {.weight_bytes = (int64_t)h->backend->weight_bytes,
                              .peak_rss_bytes = host_peak_bytes()};
     a.peak_flops = h->backend->ops->peak_flops(h->backend, 0.05);
     comm_gather(h->comm, &a.peak_flops,
                 sizeof a.peak_flops); /* so that the sweeps start together */
-    a.seconds = h->backend->ops->read_sweep(h->backend, kv_tokens, &a.bytes);
+    for (int i = 0; i < repeats; i++) {
+        a.seconds += h->backend->ops->read_sweep(h->backend, kv_tokens, &a.bytes) / repeats;
+    }
     return a;
 }
 
@@ -69,7 +72,7 @@ static void obey(struct host *h) {
         if (comm_bcast(h->comm, NULL, 0, &bytes) == sizeof order)
             memcpy(&order, bytes, sizeof order);
         if (order.kind == ORDER_SWEEP) {
-            const struct sweep_answer a = own_sweep(h, order.kv_tokens);
+            const struct sweep_answer a = own_sweep(h, order.kv_tokens, order.repeats);
             comm_gather(h->comm, &a, sizeof a);
         } else if (order.kind == ORDER_FOLLOW) {
             engine_follow(h->model, h->comm, &h->engine_options);
@@ -81,17 +84,18 @@ static void obey(struct host *h) {
 
 /* ---- rank 0 ---- */
 
-static void give_order(struct host *h, enum order_kind kind, int64_t kv_tokens) {
-    const struct order order = {.kind = kind, .kv_tokens = kv_tokens};
+static void give_order(struct host *h, enum order_kind kind, int64_t kv_tokens, int repeats) {
+    const struct order order = {.kind = kind, .repeats = repeats, .kv_tokens = kv_tokens};
     comm_bcast(h->comm, &order, sizeof order, NULL);
 }
 
 /* The floor of one round: the slowest rank's time, all ranks' bytes. False when the machine is busy. */
-static bool sweep(struct step_bench *b, int64_t kv_tokens, double *seconds, int64_t *bytes) {
+static bool sweep(struct step_bench *b, int64_t kv_tokens, int repeats, double *seconds,
+                  int64_t *bytes) {
     struct host *h = b->host;
     double peak = 0;
-    give_order(h, ORDER_SWEEP, kv_tokens);
-    const struct sweep_answer mine = own_sweep(h, kv_tokens);
+    give_order(h, ORDER_SWEEP, kv_tokens, repeats);
+    const struct sweep_answer mine = own_sweep(h, kv_tokens, repeats);
     const struct sweep_answer *all = comm_gather(h->comm, &mine, sizeof mine);
     *seconds = 0;
     *bytes = b->weight_bytes = 0;
@@ -151,7 +155,7 @@ static enum status submit(struct step_bench *b, int batch) {
 
 /* n decode steps; the other ranks are told to follow for exactly these. */
 static double run_steps(struct step_bench *b, int n) {
-    give_order(b->host, ORDER_FOLLOW, 0);
+    give_order(b->host, ORDER_FOLLOW, 0, 0);
     const double start = progress_clock();
     for (int i = 0; i < n; i++) engine_tick(b->engine);
     const double seconds = progress_clock() - start;
@@ -176,7 +180,8 @@ static enum status run_rounds(struct step_bench *b, struct batch_result *r) {
     while (r->step_ms.count < rounds) {
         double floor;
         int64_t bytes;
-        if (!sweep(b, b->context * r->batch, &floor, &bytes) && r->discarded < rounds) {
+        if (!sweep(b, b->context * r->batch, r->steps_per_round, &floor, &bytes) &&
+            r->discarded < rounds) {
             r->discarded++;
             continue;
         }
@@ -205,7 +210,7 @@ static enum status run_rounds(struct step_bench *b, struct batch_result *r) {
 
 static enum status run_batch(struct step_bench *b, struct batch_result *r) {
     TRY(submit(b, r->batch));
-    give_order(b->host, ORDER_FOLLOW, 0);
+    give_order(b->host, ORDER_FOLLOW, 0, 0);
     const int64_t want = b->tokens + (int64_t)r->batch * WARM_STEPS;
     double step = 0;
     while (b->tokens < want) { /* prompts, then a few steps to warm up */
@@ -396,7 +401,7 @@ enum status bench_step(struct host *h) {
     }
     enum status status = engine_new(h->model, h->comm, &h->engine_options, on_event, &b, &b.engine);
     if (status == STATUS_OK) status = run_all(&b);
-    give_order(h, ORDER_END, 0);
+    give_order(h, ORDER_END, 0, 0);
     engine_free(b.engine);
     return status;
 }

@@ -3,12 +3,12 @@
  * The text is made here from words, numbers, code, accents and other scripts in turn, so that caches of
  * frequent words help no more than they would on real text. One thread, rank 0.
  */
-#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
 #include "base/rng.h"
 #include "cmd/bench.h"
+#include "text/tokenizer_bench.h"
 
 enum { TEXT_BYTES = 1 << 20 };
 
@@ -51,40 +51,13 @@ static char *make_text(size_t *n) {
     return text;
 }
 
-static enum status run(struct host *h) {
-    struct bench_series encode = {0}, decode = {0};
-    size_t n, count = 0;
-    char *text = make_text(&n), *back = NULL;
-    if (!text) return fail(STATUS_MEMORY, "no memory for a text");
-    enum status status = STATUS_OK;
-    for (int round = 0; round < (int)h->params.rounds + 1 && status == STATUS_OK; round++) {
-        uint32_t *ids = NULL;
-        size_t back_n = 0;
-        double start = progress_clock();
-        status = tokenizer_encode(h->tokenizer, text, n, false, &ids, &count);
-        const double encoded = progress_clock() - start;
-        if (status != STATUS_OK) break;
-        start = progress_clock();
-        status = tokenizer_decode(h->tokenizer, ids, count, false, &back, &back_n);
-        const double decoded = progress_clock() - start;
-        free(ids);
-        free(back);
-        back = NULL;
-        if (round == 0) continue; /* warm-up */
-        bench_add(&encode, 1e-6 * (double)n / encoded);
-        bench_add(&decode, 1e-6 * (double)n / decoded);
-    }
-    free(text);
-    TRY(status);
-    const struct bench_summary e = bench_summarise(&encode), d = bench_summarise(&decode);
-    printf("%s: %zu bytes, %zu ids (%.2f bytes an id)\n", h->model_name, n, count,
-           (double)n / (double)count);
-    printf("encode %8.2f MB/s (%.2f..%.2f)\ndecode %8.2f MB/s (%.2f..%.2f)\n", e.median, e.min,
-           e.max, d.median, d.min, d.max);
-    return STATUS_OK;
-}
-
 enum status bench_tokenizer(struct host *h) {
     TRY(host_open_text(h));
-    return h->rank == 0 ? run(h) : STATUS_OK;
+    if (h->rank > 0) return STATUS_OK;
+    size_t n;
+    char *text = make_text(&n);
+    if (!text) return fail(STATUS_MEMORY, "no memory for a text");
+    const enum status status = tokenizer_bench(h->tokenizer, text, n, h->params.json);
+    free(text);
+    return status;
 }

@@ -215,7 +215,12 @@ static enum status submit_line(struct scoring *s, struct score_job *job, uint64_
                           "a line needs one of steps, text and messages");
     }
     TRY(steps ? read_steps(facts, b, steps, &r.prompt) : read_text(facts, b, &r.prompt));
-    return engine_submit(s->engine, &r);
+    const enum status status = engine_submit(s->engine, &r);
+    if (status == STATUS_REQUEST && strcmp(fail_last()->param, "prompt") == 0) {
+        const struct fault fault = *fail_last(); /* the engine's name for it; the line says steps */
+        fail_param(status, steps ? "steps" : "text", fault.code, "%s", fault.text);
+    }
+    return status;
 }
 
 /* ---- the batch ---- */

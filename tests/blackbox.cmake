@@ -1,0 +1,17 @@
+# Black-box tests: the program as a user runs it, alone and under mpirun, on models/tiny. One CTest per
+# file of tests/blackbox/, run by the distribution's python3 and pytest (standard library only besides).
+execute_process(COMMAND /usr/bin/python3 -c "import pytest" RESULT_VARIABLE no_pytest OUTPUT_QUIET ERROR_QUIET)
+file(GLOB blackbox_files CONFIGURE_DEPENDS ${CMAKE_CURRENT_SOURCE_DIR}/blackbox/test_*.py)
+foreach(path IN LISTS blackbox_files)
+  get_filename_component(name ${path} NAME_WE)
+  string(REPLACE "test_" "j_blackbox_" name ${name})
+  if(NOT TARGET sfumato)
+    continue()
+  endif()
+  add_test(NAME ${name} COMMAND /usr/bin/python3 -m pytest -q -p no:cacheprovider ${path})
+  set_tests_properties(${name} PROPERTIES ENVIRONMENT "${test_env};PYTHONDONTWRITEBYTECODE=1" TIMEOUT 600 PROCESSORS 2)
+  if(no_pytest)
+    set_tests_properties(${name} PROPERTIES DISABLED TRUE)
+    message(WARNING "python3-pytest is missing: ${name} will be skipped")
+  endif()
+endforeach()

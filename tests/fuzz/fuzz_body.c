@@ -1,0 +1,95 @@
+/* fuzz_body.c: request bodies (serve/body.h) from hostile bytes, against the tokenizer of models/tiny.
+ *
+ * Whatever comes in, body_parse either succeeds with a request that keeps its promises, or fails with
+ * STATUS_REQUEST and a text; nothing is written, nothing leaks, and the memory is bounded.
+ */
+/* layer: serve */
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "base/json.h"
+#include "base/log.h"
+#include "serve/body.h"
+#include "serve/reply.h"
+
+int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
+
+static struct params params;
+static struct model_config config;
+static struct body_facts facts;
+
+static void open_facts(void) {
+    char path[4096], *json, *argv[] = {"fuzz", NULL};
+    size_t n;
+    tokenizer *tokenizer;
+    chat *chat;
+    const char *root = getenv("SFUMATO_SOURCE_DIR");
+    snprintf(path, sizeof path, "%s/models/tiny/tokenizer.json", root ? root : ".");
+    log_init(LOG_OFF, false);
+    if (params_parse(&params, PARAMS_GENERATE, 1, argv) != STATUS_OK ||
+        json_read_file(path, TOKENIZER_FILE_BYTES_MAX, false, STATUS_MODEL, &json, &n) !=
+            STATUS_OK ||
+        tokenizer_open_json(json, n, NULL, 0, &tokenizer) != STATUS_OK ||
+        chat_open(NULL, NULL, "chatml", "", "", &chat) != STATUS_OK) {
+        fprintf(stderr, "fuzz_body: %s\n", fail_text());
+        exit(1);
+    }
+    free(json);
+    config = (struct model_config){.temperature = -1, .top_p = -1, .top_k = -1, .min_p = -1};
+    facts = (struct body_facts){.params = &params,
+                                .config = &config,
+                                .tokenizer = tokenizer,
+                                .chat = chat,
+                                .model_name = "tiny",
+                                .mode = THINK_SOFT,
+                                .vocab_count = tokenizer_vocab_count(tokenizer),
+                                .open_id = tokenizer_find(tokenizer, "<think>"),
+                                .close_id = tokenizer_find(tokenizer, "</think>"),
+                                .eos_count = 1,
+                                .eos_ids = {3},
+                                .max_model_len = 1024,
+                                .batch = true};
+}
+
+static void check(bool holds, const char *what) {
+    if (holds) return;
+    fprintf(stderr, "fuzz_body: %s\n", what);
+    abort();
+}
+
+static void check_request(const struct request *r) {
+    check(r->prompt.count >= 1 && r->max_tokens >= 1, "an empty prompt or reply was accepted");
+    check(r->prompt.count + r->max_tokens <= facts.max_model_len,
+          "a request longer than the context");
+    for (int64_t i = 0; i < r->prompt.count; i++) {
+        check(r->prompt.ids[i] < (uint32_t)facts.vocab_count, "a prompt id outside the vocabulary");
+    }
+    check(r->choices >= 1 && r->choices <= REQUEST_CHOICES_MAX, "n out of range");
+    check(think_params_check(&r->think, facts.vocab_count) == STATUS_OK,
+          "thinking options out of range");
+}
+
+int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
+    if (!facts.params) open_facts();
+    struct body body;
+    struct json_writer w;
+    json_writer_init(&w);
+    const enum status status = body_parse(&facts, (const char *)data, size, &body);
+    if (status == STATUS_OK) {
+        for (int i = 0; i < body.prompt_count; i++) {
+            const struct request r = body_request(&body, i, 1);
+            check_request(&r);
+        }
+    } else {
+        check(status == STATUS_REQUEST, "a bad body is the caller's fault, nothing else");
+        reply_write_error_line(&facts, &body, &w);
+        json_t *line = json_loadb(w.bytes, w.n, 0, NULL);
+        check(line != NULL, "the error line is no JSON");
+        json_decref(line);
+    }
+    json_writer_fini(&w);
+    body_fini(&body);
+    return 0;
+}
