@@ -20,11 +20,18 @@ static bool launched_as_other_rank(void) {
     return rank && strcmp(rank, "0") != 0;
 }
 
-static enum status set_log(struct host *h) {
+static void set_log(const struct host *h) {
     static const enum log_level levels[] = {LOG_DEBUG, LOG_INFO, LOG_WARN, LOG_ERROR, LOG_OFF};
     const enum log_level level = levels[h->params.log_level];
     log_init(h->params.quiet && level < LOG_WARN ? LOG_WARN : level, h->params.log_json);
     log_set_rank(h->rank);
+}
+
+enum status host_phase(struct host *h, enum status mine, const char *what, const char *detail) {
+    TRY(comm_agree(h->comm, mine));
+    const double now = progress_clock();
+    log_info("%s%s%s: %.2f s", what, detail ? " " : "", detail ? detail : "", now - h->phase_start);
+    h->phase_start = now;
     return STATUS_OK;
 }
 
@@ -48,15 +55,10 @@ enum status host_join(struct host *h, const struct command *command, int argc, c
             params_help(command->bit, program, command->usage, command->about, stdout);
         return STATUS_END;
     }
-    return set_log(h);
-}
-
-enum status host_phase(struct host *h, enum status mine, const char *what, const char *detail) {
-    TRY(comm_agree(h->comm, mine));
-    const double now = progress_clock();
-    log_info("%s%s%s: %.2f s", what, detail ? " " : "", detail ? detail : "", now - h->phase_start);
-    h->phase_start = now;
-    return STATUS_OK;
+    set_log(h);
+    char detail[48];
+    snprintf(detail, sizeof detail, "%d rank%s", h->ranks, h->ranks == 1 ? "" : "s");
+    return host_phase(h, STATUS_OK, "start-up,", detail);
 }
 
 /* ---- the model's files ---- */

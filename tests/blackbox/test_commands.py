@@ -3,7 +3,7 @@ import json
 import math
 
 import pytest
-from conftest import SOURCE, TINY, chat, generate, launch, problems
+from conftest import BUILD, TINY, chat, generate, launch, problems
 
 
 def test_help_and_version():
@@ -111,4 +111,6 @@ def test_bench_others_smoke():
 
 
 def test_default_model_is_found_beside_the_program():
-    assert launch("inspect", "--quiet", model=None).out.startswith(b"model             ") or not (SOURCE / "models").exists()
+    if not (BUILD.parent / "models" / "tiny").exists():
+        pytest.skip("the build folder is not inside the source tree")
+    assert launch("inspect", "--quiet", model=None).out.startswith(b"model             ")

@@ -127,7 +127,8 @@ def test_prompt_too_long():
 )
 @pytest.mark.parametrize("ranks", [0, 2])
 def test_usage(args, words, ranks):
-    only_message(launch(*args, ranks=ranks, model=None if args[0] == "frob" else TINY), 2, *words)
+    quiet = {"SFUMATO_QUIET": "1"}
+    only_message(launch(*args, ranks=ranks, model=None if args[0] == "frob" else TINY, env=quiet), 2, *words)
 
 
 def test_environment_and_config_file(tmp_path):
@@ -142,7 +143,7 @@ def test_environment_and_config_file(tmp_path):
     config.write_text('{"max_topk": 3')
     only_message(generate([GOOD], "--config", config), 2, str(config))
     env = {"SFUMATO_MAX_TOPK": "2"}
-    line = generate([chat("2+3?", soft_thinking={"return_trace": True})], env=env).lines[0]
+    line = generate([chat("2+3?", temperature=1, soft_thinking={"return_trace": True})], env=env).lines[0]
     assert max(len(r.get("ids", [0])) for r in line["trace"]) == 2
 
 
