@@ -1,0 +1,321 @@
+/* Chat templates. Expected prompts: transformers' apply_chat_template (tests/data/golden/chat.jsonl), and for
+ * DeepSeek-R1 and Llama 3.1 the formats their model cards print. */
+#include <errno.h>
+#include <signal.h>
+#include <sys/wait.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "c_text.h"
+#include "text/chat.h"
+
+static chat_helper *helper;
+static char *templates[TEXT_TOKENIZER_COUNT], *bos[TEXT_TOKENIZER_COUNT],
+    *eos[TEXT_TOKENIZER_COUNT];
+
+static char *copy_text(const json_t *config, const char *name) {
+    const char *text = json_string_value(json_object_get(config, name));
+    return text == NULL ? NULL : strdup(text);
+}
+
+int suite_setup(int *argc, char ***argv) {
+    (void)argc;
+    (void)argv;
+    for (int i = 0; i < TEXT_TOKENIZER_COUNT; i++) {
+        size_t n;
+        json_error_t error;
+        char *bytes = text_read(text_files[i].config, &n);
+        if (bytes == NULL) return 1;
+        json_t *config = json_loadb(bytes, n, JSON_DECODE_INT_AS_REAL, &error);
+        templates[i] = copy_text(config, "chat_template");
+        bos[i] = copy_text(config, "bos_token");
+        eos[i] = copy_text(config, "eos_token");
+        json_decref(config);
+        free(bytes);
+    }
+    if (chat_helper_start(&helper) != STATUS_OK) return 1;
+    if (helper == NULL)
+        printf("\n    SKIPPED: tests of the model's own template (no python3 with jinja2)\n");
+    return 0;
+}
+
+void suite_teardown(void) {
+    for (int i = 0; i < TEXT_TOKENIZER_COUNT; i++) {
+        free(templates[i]);
+        free(bos[i]);
+        free(eos[i]);
+    }
+}
+
+static double seconds(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + (double)t.tv_nsec * 1e-9;
+}
+
+/* --- golden prompts -------------------------------------------------------------------------------- */
+
+static chat *chats[TEXT_TOKENIZER_COUNT];
+static int compared;
+
+static bool is_plain(const json_t *messages) {
+    size_t i;
+    json_t *m;
+    json_array_foreach(messages, i, m) {
+        const char *role = json_string_value(json_object_get(m, "role"));
+        if (strcmp(role, "tool") == 0 || !json_is_string(json_object_get(m, "content")))
+            return false;
+    }
+    return true;
+}
+
+static void check_prompt(chat *c, const json_t *line) {
+    const json_t *want = json_object_get(line, "text"),
+                 *messages = json_object_get(line, "messages");
+    char *text = json_dumps(messages, 0), *kwargs = json_dumps(json_object_get(line, "kwargs"), 0);
+    char *prompt = NULL;
+    size_t n = 0;
+    const enum status status =
+        chat_render(c, text, json_is_true(json_object_get(line, "add_generation_prompt")), false,
+                    kwargs, &prompt, &n);
+    if (status != STATUS_OK) printf("\n    %s\n", fail_text());
+    CHECK_EQ(status, STATUS_OK);
+    if (prompt != NULL) {
+        CHECK_EQ(n, json_string_length(want));
+        CHECK_STR(prompt, json_string_value(want));
+    }
+    compared++;
+    free(prompt);
+    free(text);
+    free(kwargs);
+}
+
+static void each_helper(const json_t *line) {
+    check_prompt(chats[text_file_index(json_string_value(json_object_get(line, "tokenizer")))],
+                 line);
+}
+
+static void test_golden(void) {
+    if (helper == NULL) return;
+    for (int i = 0; i < TEXT_TOKENIZER_COUNT; i++)
+        CHECK_EQ(chat_open(helper, templates[i], NULL, bos[i], eos[i], &chats[i]), STATUS_OK);
+    compared = 0;
+    text_lines("tests/data/golden/chat.jsonl", each_helper);
+    CU_ASSERT(compared > 50);
+    for (int i = 0; i < TEXT_TOKENIZER_COUNT; i++) chat_close(chats[i]);
+}
+
+/* Without a helper the recognised format gives the same prompts. */
+static void each_builtin(const json_t *line) {
+    const int i = text_file_index(json_string_value(json_object_get(line, "tokenizer")));
+    if (chats[i] != NULL && is_plain(json_object_get(line, "messages")))
+        check_prompt(chats[i], line);
+}
+
+static void test_builtin_golden(void) {
+    for (int i = 0; i < 2; i++)
+        CHECK_EQ(chat_open(NULL, templates[i], NULL, bos[i], eos[i], &chats[i]), STATUS_OK);
+    chats[2] = NULL;
+    compared = 0;
+    text_lines("tests/data/golden/chat.jsonl", each_builtin);
+    CU_ASSERT(compared > 30);
+    for (int i = 0; i < 2; i++) chat_close(chats[i]);
+    CHECK_EQ(chat_open(NULL, templates[2], NULL, NULL, NULL, &chats[2]), STATUS_MODEL);
+    CU_ASSERT(strstr(fail_text(), "python3-jinja2") != NULL &&
+              strstr(fail_text(), "--chat-template") != NULL);
+}
+
+/* --- built-in formats by name ------------------------------------------------------------------------ */
+
+static void check_render(chat *c, const char *messages, bool generate, bool continue_final,
+                         const char *want) {
+    char *prompt = NULL;
+    size_t n = 0;
+    const enum status status =
+        chat_render(c, messages, generate, continue_final, NULL, &prompt, &n);
+    if (status != STATUS_OK) printf("\n    %s\n", fail_text());
+    CHECK_EQ(status, STATUS_OK);
+    if (prompt != NULL) CHECK_STR(prompt, want);
+    free(prompt);
+}
+
+#define U "{\"role\":\"user\",\"content\":\"Hi\"}"
+#define S "{\"role\":\"system\",\"content\":\" Be brief. \"}"
+#define A "{\"role\":\"assistant\",\"content\":\"<think>\\nx\\n</think>\\n\\nHo  \"}"
+#define BAR "\xEF\xBD\x9C"
+static void test_builtin_formats(void) {
+    chat *c = NULL;
+    CHECK_EQ(chat_open(NULL, NULL, "chatml", NULL, NULL, &c), STATUS_OK);
+    check_render(c, "[" S "," U "]", true, false,
+                 "<|im_start|>system\n Be brief. <|im_end|>\n<|im_start|>user\nHi<|im_end|>\n"
+                 "<|im_start|>assistant\n");
+    check_render(
+        c, "[" U "," A "]", false, true,
+        "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n<think>\nx\n</think>\n\nHo  ");
+    chat_close(c);
+    CHECK_EQ(chat_open(NULL, NULL, "llama3", "<|begin_of_text|>", NULL, &c), STATUS_OK);
+    check_render(
+        c, "[" S "," U "]", true, false,
+        "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nBe brief.<|eot_id|>"
+        "<|start_header_id|>user<|end_header_id|>\n\nHi<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n");
+    check_render(c, "[" U "," A "]", false, true, /* the format trims: so does the cut */
+                 "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nHi<|eot_id|>"
+                 "<|start_header_id|>assistant<|end_header_id|>\n\n<think>\nx\n</think>\n\nHo");
+    chat_close(c);
+    CHECK_EQ(chat_open(NULL, NULL, "deepseek-r1",
+                       "<" BAR "begin\xE2\x96\x81of\xE2\x96\x81sentence" BAR ">", NULL, &c),
+             STATUS_OK);
+    check_render(c, "[" S "," U "," A "," U "]", true, false,
+                 "<" BAR "begin\xE2\x96\x81of\xE2\x96\x81sentence" BAR "> Be brief. <" BAR
+                 "User" BAR ">Hi<" BAR "Assistant" BAR ">\n\nHo  <" BAR
+                 "end\xE2\x96\x81of\xE2\x96\x81sentence" BAR "><" BAR "User" BAR ">Hi<" BAR
+                 "Assistant" BAR "><think>\n");
+    char *prompt;
+    size_t n;
+    CHECK_EQ(
+        chat_render(c, "[{\"role\":\"tool\",\"content\":\"1\"}]", true, false, NULL, &prompt, &n),
+        STATUS_REQUEST);
+    CHECK_EQ(chat_render(c, "[{\"role\":\"user\",\"content\":[]}]", true, false, NULL, &prompt, &n),
+             STATUS_REQUEST);
+    CHECK_EQ(chat_render(c, "[" U "]", true, true, NULL, &prompt, &n), STATUS_REQUEST);
+    CHECK_EQ(chat_render(c, "{}", true, false, NULL, &prompt, &n), STATUS_REQUEST);
+    CHECK_EQ(chat_render(c, "[1]", true, false, NULL, &prompt, &n), STATUS_REQUEST);
+    CHECK_EQ(chat_render(c, "[" U "]", true, false, "[]", &prompt, &n), STATUS_REQUEST);
+    chat_close(c);
+    CHECK_EQ(chat_open(NULL, NULL, "vicuna", NULL, NULL, &c), STATUS_USAGE);
+    CHECK_EQ(chat_open(NULL, NULL, NULL, NULL, NULL, &c), STATUS_MODEL);
+}
+
+/* Defaults that a recognised template carries in its text. */
+static void test_builtin_details(void) {
+    chat *c = NULL;
+    CHECK_EQ(
+        chat_open(
+            NULL,
+            "{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nYou are a helpful AI "
+            "assistant named SmolLM, trained by Hugging Face<|im_end|>\n' }}{% endif %}...",
+            NULL, NULL, NULL, &c),
+        STATUS_OK);
+    check_render(
+        c, "[" U "]", true, false,
+        "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging "
+        "Face<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n");
+    check_render(c, "[" S "]", false, false, "<|im_start|>system\n Be brief. <|im_end|>\n");
+    chat_close(c);
+    CHECK_EQ(
+        chat_open(
+            NULL,
+            "{{- \"<|start_header_id|>\" }}{{- \"Cutting Knowledge Date: December 2023\\n\" }}",
+            NULL, "<B>", NULL, &c),
+        STATUS_OK);
+    check_render(c, "[" S "," U "]", false, false,
+                 "<B><|start_header_id|>system<|end_header_id|>\n\nCutting Knowledge Date: "
+                 "December 2023\nToday "
+                 "Date: 26 Jul 2024\n\nBe "
+                 "brief.<|eot_id|><|start_header_id|>user<|end_header_id|>\n\nHi<|eot_id|>");
+    chat_close(c);
+}
+
+/* --- the helper: what templates may do, and what they may not ------------------------------------------ */
+
+static void check_template(const char *text, const char *want) {
+    chat *c = NULL;
+    CHECK_EQ(chat_open(helper, text, NULL, "<s>", NULL, &c), STATUS_OK);
+    if (c != NULL) check_render(c, "[" U "]", false, false, want);
+    chat_close(c);
+}
+
+static void test_environment(void) {
+    if (helper == NULL) return;
+    check_template("{%- if true %}\n  x\n{%- endif %}", "  x");
+    check_template("{{ {'a': '<\xC3\xA9>'} | tojson }}", "{\"a\": \"<\xC3\xA9>\"}");
+    check_template(
+        "{% for i in range(9) %}{% if i == 2 %}{% break %}{% endif %}{{ i }}{% endfor %}", "01");
+    check_template("{% generation %}a{{ bos_token }}{% endgeneration %}{{ eos_token }}", "a<s>");
+    check_template("{{ tools is none }}{{ messages[0].role }}{{ strftime_now('%%') }}",
+                   "Trueuser%");
+    check_template("{{ '\\u00e9' }}\xF0\x9F\x98\x80", "\xC3\xA9\xF0\x9F\x98\x80");
+    chat *c = NULL;
+    CHECK_EQ(chat_open(helper, "{% for %}", NULL, NULL, NULL, &c), STATUS_MODEL);
+    CU_ASSERT(strstr(fail_text(), "line 1") != NULL);
+    CHECK_EQ(chat_open(helper, "{{ messages[-1].content | trim }}!", NULL, NULL, NULL, &c),
+             STATUS_OK);
+    check_render(c, "[{\"role\":\"user\",\"content\":\" a \"}]", false, true, "a");
+    check_render(c, "[{\"role\":\"user\",\"content\":\"a\\u0000b\"}]", false, false,
+                 "a"); /* up to its NUL */
+    chat_close(c);
+    CHECK_EQ(chat_open(helper, "{{ messages[0].content }}{{ messages[1].content }} end", NULL, NULL,
+                       NULL, &c),
+             STATUS_OK);
+    check_render(c, "[" U "," U "]", false, true, "HiHi");
+    chat_close(c);
+}
+
+/* Renders, and expects a refusal that names `want` within the deadline. */
+static void check_refused(const char *text, const char *want, double limit) {
+    chat *c = NULL;
+    char *prompt = NULL;
+    size_t n;
+    CHECK_EQ(chat_open(helper, text, NULL, NULL, NULL, &c), STATUS_OK);
+    const double start = seconds();
+    CHECK_EQ(chat_render(c, "[" U "]", false, false, NULL, &prompt, &n), STATUS_REQUEST);
+    CU_ASSERT(seconds() - start < limit);
+    if (strstr(fail_text(), want) == NULL)
+        printf("\n    \"%s\" does not say %s\n", fail_text(), want);
+    CU_ASSERT(strstr(fail_text(), want) != NULL);
+    free(prompt);
+    chat_close(c);
+}
+
+static void test_hostile(void) {
+    if (helper == NULL) return;
+    check_refused("{{ raise_exception('roles must alternate') }}", "roles must alternate", 4);
+    check_refused("{{ messages[0].nothing.at_all }}", "nothing", 4);
+    check_refused("{{ ''.__class__.__mro__[1].__subclasses__() }}", "unsafe", 4);
+    check_refused("{{ messages.append(1) }}", "unsafe", 4);
+    check_refused(
+        "{% set n = namespace(s='ab') %}{% for i in range(60) %}{% set n.s = n.s + n.s %}{% endfor "
+        "%}{{ n.s }}",
+        "emory", 8);
+    check_refused("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+                  "seconds", CHAT_RENDER_SECONDS + 3);
+    check_template("alive", "alive"); /* a new process has taken its place */
+}
+
+static int child_count(void) {
+    errno = 0;
+    const pid_t pid = waitpid(-1, NULL, WNOHANG);
+    return pid < 0 && errno == ECHILD ? 0 : 1;
+}
+
+static void test_stop(void) {
+    CHECK_EQ(child_count(), helper == NULL ? 0 : 1);
+    chat_helper_stop(helper);
+    helper = NULL;
+    chat_helper_stop(NULL);
+    CHECK_EQ(child_count(), 0); /* nothing is left, not even a zombie */
+}
+
+static void test_no_python(void) {
+    char *path = strdup(getenv("PATH"));
+    chat_helper *none = (chat_helper *)path;
+    setenv("PATH", "/nonexistent", 1);
+    CHECK_EQ(chat_helper_start(&none), STATUS_OK);
+    CU_ASSERT(none == NULL);
+    setenv("PATH", path, 1);
+    free(path);
+    CHECK_EQ(child_count(), 0);
+}
+
+const struct suite_case suite_cases[] = {
+    {"prompts as transformers gives, by the helper", test_golden},
+    {"the same prompts by built-in formats", test_builtin_golden},
+    {"built-in formats by name", test_builtin_formats},
+    {"details that a template's text carries", test_builtin_details},
+    {"what templates find", test_environment},
+    {"hostile templates", test_hostile},
+    {"the helper is gone after stop", test_stop},
+    {"no python3", test_no_python},
+    {NULL, NULL},
+};
