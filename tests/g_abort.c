@@ -33,6 +33,14 @@ static void steps(int count) {
     }
 }
 
+/* It is this rank's turn in this scenario; says so, for the time from here until all are gone counts. */
+static bool strikes(const char *scenario, const char *name, bool is_my_turn) {
+    if (strcmp(scenario, name) != 0 || !is_my_turn) return false;
+    printf("fault\n");
+    fflush(stdout);
+    return true;
+}
+
 static _Noreturn void leave(int exit_code) {
     comm_close(c);
     exit(exit_code);
@@ -43,7 +51,7 @@ static _Noreturn void run_rank(const char *scenario, const char *path) {
     const void *plan;
     printf("pid %d\n", (int)getpid());
     fflush(stdout);
-    if (strcmp(scenario, "kill-start") == 0 && rank == 1) raise(SIGKILL);
+    if (strikes(scenario, "kill-start", rank == 1)) raise(SIGKILL);
 
     enum status status = STATUS_OK;
     if (strcmp(scenario, "refuse") == 0 && rank > 0)
@@ -63,22 +71,20 @@ static _Noreturn void run_rank(const char *scenario, const char *path) {
     steps(10);
 
     if (strcmp(scenario, "fine") == 0) leave(0);
-    if (strcmp(scenario, "kill-0") == 0 && rank == 0) raise(SIGKILL);
-    if (strcmp(scenario, "kill-2") == 0 && rank == 2) raise(SIGKILL);
-    if (strcmp(scenario, "segv-1") == 0 && rank == 1) raise(SIGSEGV);
-    if (strcmp(scenario, "exit-1") == 0 && rank == 1) _exit(9);
-    if (strcmp(scenario, "assert-2") == 0 && rank == 2) ASSERT_EQ(rank, 3);
-    if (strcmp(scenario, "abort-1") == 0 && rank == 1) comm_abort(c, 42, "the reason");
-    if (strcmp(scenario, "abort-all") == 0) comm_abort(c, 43, "the reason");
-    if (strcmp(scenario, "late-1") == 0 && rank == 1) sleep(60);
-    if (strcmp(scenario, "late-0") == 0 && rank == 0) { /* ranks run ahead into the next sum */
-        comm_gather(c, &rank, sizeof rank);
-        sleep(60);
-    }
-    if (strcmp(scenario, "late-0") == 0) comm_gather(c, &rank, sizeof rank);
+    if (strikes(scenario, "kill-0", rank == 0)) raise(SIGKILL);
+    if (strikes(scenario, "kill-2", rank == 2)) raise(SIGKILL);
+    if (strikes(scenario, "segv-1", rank == 1)) raise(SIGSEGV);
+    if (strikes(scenario, "exit-1", rank == 1)) _exit(9);
+    if (strikes(scenario, "assert-2", rank == 2)) ASSERT_EQ(rank, 3);
+    if (strikes(scenario, "abort-1", rank == 1)) comm_abort(c, 42, "the reason");
+    if (strikes(scenario, "abort-all", true)) comm_abort(c, 43, "the reason");
+    if (strikes(scenario, "late-1", rank == 1)) sleep(60);
+    if (strcmp(scenario, "late-0") == 0)
+        comm_gather(c, &rank, sizeof rank); /* run ahead, then sum */
+    if (strikes(scenario, "late-0", rank == 0)) sleep(60);
     if (strcmp(scenario, "late-plan") == 0 || strcmp(scenario, "idle-kill-1") == 0) {
         if (rank == 0) sleep(3); /* longer than the deadline of late-* */
-        if (rank == 1 && scenario[0] == 'i') raise(SIGKILL);
+        if (strikes(scenario, "idle-kill-1", rank == 1)) raise(SIGKILL);
         comm_bcast(c, "go", rank == 0 ? 2 : 0, &plan);
         leave(0);
     }
@@ -116,7 +122,7 @@ struct job {
     pid_t mpirun;
     FILE *output;
     char *said;
-    double begin, end;
+    double begin, fault, end; /* when; fault: 0 when none was met */
     int status;
 };
 
@@ -173,16 +179,19 @@ static int alive_ranks(const struct job *job) {
 }
 
 static void finish(struct job *jobs, int count) {
-    const double give_up = now() + 60;
-    for (int left = count; left > 0 && now() < give_up; usleep(10000)) {
+    const double give_up = now() + 100;
+    for (int left = count; left > 0 && now() < give_up; usleep(20000)) {
         for (int i = 0; i < count; i++) {
             struct job *job = &jobs[i];
             if (job->end > 0) continue;
-            if (job->kill_mpirun) {
-                read_output(job);
-                if (count_in(job->said, "pid ") == RANKS && now() - job->begin > 2)
-                    kill(job->mpirun, SIGKILL);
+            read_output(job);
+            if (job->kill_mpirun && count_in(job->said, "pid ") == RANKS &&
+                now() - job->begin > 2) {
+                kill(job->mpirun, SIGKILL);
+                job->kill_mpirun = false;
+                job->fault = now();
             }
+            if (job->fault == 0 && strstr(job->said, "fault\n")) job->fault = now();
             if (waitpid(job->mpirun, &job->status, WNOHANG) != job->mpirun) continue;
             left--;
             for (;;) { /* mpirun is gone; the ranks must be, too */
@@ -199,7 +208,9 @@ static void check(struct job *job) {
     const int code =
         WIFEXITED(job->status) ? WEXITSTATUS(job->status) : 128 + WTERMSIG(job->status);
     const bool code_fits = job->exit_code < 0 ? code != 0 : code == job->exit_code;
-    const bool gone = job->end > 0 && job->end - job->begin < GONE_SECONDS && alive_ranks(job) == 0;
+    const double since = job->end - job->fault; /* a good job may take its time */
+    const bool gone =
+        job->end > 0 && (job->fault == 0 || since < GONE_SECONDS) && alive_ranks(job) == 0;
     const int times = job->text ? count_in(job->said, job->text) : count_in(job->said, "sfumato:");
     const bool said_fits = times == (job->text ? 1 : 0);
     CHECK_EQ(count_in(job->said, "pid "), RANKS);
@@ -210,10 +221,11 @@ static void check(struct job *job) {
         printf(
             "\n    %s %s: exit code %d (want %d), %d ranks alive after %.1f s, \"%s\" %d "
             "times:\n%s\n",
-            job->scenario, job->path, code, job->exit_code, alive_ranks(job), job->end - job->begin,
+            job->scenario, job->path, code, job->exit_code, alive_ranks(job), since,
             job->text ? job->text : "sfumato:", times, job->said);
     }
-    for (char *p = job->said; (p = strstr(p, "pid ")); p++) { /* leave nothing behind */
+    if (job->end == 0) kill(job->mpirun, SIGKILL); /* leave nothing behind */
+    for (char *p = job->said; (p = strstr(p, "pid ")); p++) {
         if (is_alive((pid_t)atoi(p + 4))) kill((pid_t)atoi(p + 4), SIGKILL);
     }
     fclose(job->output);
