@@ -56,6 +56,7 @@ struct row {
 #define TOKENIZE PARAMS_TOKENIZE
 #define INSPECT PARAMS_INSPECT
 #define BENCH PARAMS_BENCH
+#define SERVE PARAMS_SERVE
 #define ENGINE PARAMS_ENGINE
 #define ALL PARAMS_ALL
 static const struct row rows[PARAM_COUNT] = {
