@@ -30,22 +30,22 @@ enum config_dtype { DTYPE_F32, DTYPE_F16, DTYPE_BF16, DTYPE_QUANTISED };
 
 struct model_config {
     enum config_arch arch;
-    char arch_name[48];      /* as the file says it: "Qwen3ForCausalLM", "llama" */
-    int layers;              /* L */
-    int hidden;              /* D */
+    char arch_name[48]; /* as the file says it: "Qwen3ForCausalLM", "llama" */
+    int layers;         /* L */
+    int hidden;         /* D */
     int ffn;
     int heads, kv_heads, head_dim;
-    int vocab_rows;          /* rows of the matrices (padding included), V_rows */
-    bool tied;               /* output matrix = embedding matrix */
+    int vocab_rows; /* rows of the matrices (padding included), V_rows */
+    bool tied;      /* output matrix = embedding matrix */
     bool qkv_bias, qk_norm;
     float norm_eps;
-    float embed_scale;       /* 1 for all of these families */
+    float embed_scale; /* 1 for all of these families */
     enum config_rope rope;
     double rope_theta, rope_factor, rope_low_freq_factor, rope_high_freq_factor;
     int rope_original_positions;
-    int max_positions;       /* context length the model was made for */
+    int max_positions;            /* context length the model was made for */
     enum config_dtype file_dtype; /* of most weight bytes */
-    int bos_id;              /* -1: none */
+    int bos_id;                   /* -1: none */
     int eos_ids[CONFIG_EOS_MAX], eos_count;
     /* generation_config.json; negative: not given */
     float temperature, top_p, min_p;

@@ -12,10 +12,8 @@
 #include "base/arena.h"
 #include "load/tensor_table.h"
 
-enum {
-    SAFETENSORS_HEADER_BYTES_MAX = 16 << 20
-};
-    /* 1,000 tensors take about 100 KB */ /* the reference implementation's limit */
+/* 1,000 tensors take about 100 KB; the limit bounds the memory of the JSON tree, about 25 times as much. */
+enum { SAFETENSORS_HEADER_BYTES_MAX = 16 << 20 };
 
 /* Adds the tensors of a mapped file to the table; names are copied to the arena, data is borrowed.
  * file: number to store in the entries. STATUS_MODEL (without the file's name) on any defect. */

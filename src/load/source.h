@@ -38,7 +38,8 @@ struct source_ops {
     enum status (*read)(source *s, const char *name, int64_t row_begin, int64_t row_count,
                         int64_t col_begin, int64_t col_count, float *dst);
     /* A text file that belongs to the model, see source_read_text. NULL: there are none. */
-    enum status (*read_text)(const source *s, const char *file, size_t limit, char **text, size_t *n);
+    enum status (*read_text)(const source *s, const char *file, size_t limit, char **text,
+                             size_t *n);
     void (*close)(source *s);
 };
 
@@ -62,7 +63,8 @@ void source_close(source *s); /* NULL is allowed */
 /* The text of tokenizer.json, tokenizer_config.json, chat_template.jinja, ... beside the weights:
  * malloc'ed, NUL-terminated. *text = NULL, *n = 0 and STATUS_OK when the model has no such file (GGUF and
  * synthetic sources have none; GGUF's tokenizer is in load/gguf.h). STATUS_MODEL above `limit` bytes. */
-enum status source_read_text(const source *s, const char *file, size_t limit, char **text, size_t *n);
+enum status source_read_text(const source *s, const char *file, size_t limit, char **text,
+                             size_t *n);
 
 /* For implementations: keeps the path for messages; STATUS_USAGE when it is too long. */
 enum status source_set_path(source *s, const char *path);
