@@ -13,12 +13,14 @@ struct reply {
     struct json_writer ids, trace; /* array items, no brackets */
     struct json_writer content_lp, reasoning_lp;
     struct json_writer thinking, answer; /* plain bytes, not JSON */
+    struct json_writer held;             /* thinking that waits for its end (stream_reasoning) */
     struct request_usage usage;
     double entropy_sum;
     enum think_end end;
     enum finish finish;
     bool loop_break;
-    int stop_index; /* of the matched stop string, or -1 */
+    int stop_index;  /* of the matched stop string, or -1 */
+    bool held_shown; /* the held thinking was made visible */
     bool stopped_by_id;
     uint32_t stop_id;
 };
@@ -55,6 +57,7 @@ void reply_free(reply *r) {
     json_writer_fini(&r->reasoning_lp);
     json_writer_fini(&r->thinking);
     json_writer_fini(&r->answer);
+    json_writer_fini(&r->held);
     free(r);
 }
 
@@ -139,9 +142,20 @@ static bool ends_reply(const reply *r, const struct think_decision *d) {
     return false;
 }
 
-static void keep_text(reply *r, const struct stream_delta *delta) {
-    if (r->body->include_reasoning)
-        json_write_bytes(&r->thinking, delta->thinking, delta->thinking_n);
+/* Hides or holds back thinking as the request wants it, and keeps what is visible. thinking_over:
+ * nothing more of it will come. */
+static void show_text(reply *r, struct stream_delta *delta, bool thinking_over) {
+    if (!r->body->include_reasoning) delta->thinking_n = 0;
+    if (!r->body->stream_reasoning) {
+        json_write_bytes(&r->held, delta->thinking, delta->thinking_n);
+        delta->thinking_n = 0;
+        if (thinking_over && !r->held_shown) {
+            delta->thinking = r->held.n > 0 ? r->held.bytes : "";
+            delta->thinking_n = r->held.n;
+            r->held_shown = true;
+        }
+    }
+    json_write_bytes(&r->thinking, delta->thinking, delta->thinking_n);
     json_write_bytes(&r->answer, delta->answer, delta->answer_n);
 }
 
@@ -163,7 +177,8 @@ enum status reply_step(reply *r, const struct engine_event *e, struct stream_del
     }
     if (ends_reply(r, d)) return STATUS_OK;
     TRY(stream_push(r->stream, d->trace_id, thinking, d->marker, delta));
-    keep_text(r, delta);
+    const bool thought = r->usage.reasoning_tokens > 0;
+    show_text(r, delta, thought && (!thinking || (d->marker && d->end != END_NONE)));
     if (delta->stopped) r->stop_index = delta->stop_index;
     return STATUS_OK;
 }
@@ -171,7 +186,8 @@ enum status reply_step(reply *r, const struct engine_event *e, struct stream_del
 enum status reply_finish(reply *r, const struct engine_event *e, struct stream_delta *delta) {
     *delta = (struct stream_delta){.stop_index = -1};
     r->usage.prompt_tokens = r->body->prompts[r->choice / r->body->request.choices].count;
-    if (!e) { /* a stop string: what the stream holds back lies behind the match */
+    if (e) r->usage.cached_tokens = e->usage.cached_tokens;
+    if (!e || r->stop_index >= 0) { /* a stop string: what the stream holds back lies behind it */
         r->finish = FINISH_REASON_STOP;
         return STATUS_OK;
     }
@@ -180,9 +196,8 @@ enum status reply_finish(reply *r, const struct engine_event *e, struct stream_d
     r->loop_break = e->loop_break;
     r->stopped_by_id = e->stopped_by_id;
     r->stop_id = e->stop_id;
-    r->usage.cached_tokens = e->usage.cached_tokens;
     TRY(stream_finish(r->stream, delta));
-    keep_text(r, delta);
+    show_text(r, delta, true);
     return STATUS_OK;
 }
 
@@ -193,6 +208,45 @@ void reply_summarise(const reply *r, struct reply_summary *out) {
                                   .end = r->end,
                                   .mean_entropy = n > 0 ? r->entropy_sum / n : NAN,
                                   .seed = r->body->request.think.seed};
+}
+
+/* ---- the service's forms ---- */
+
+void reply_get_parts(const reply *r, struct reply_parts *out) {
+    *out =
+        (struct reply_parts){&r->thinking, &r->answer, &r->trace, &r->content_lp, &r->reasoning_lp};
+}
+
+void reply_forget(reply *r) {
+    json_writer_clear(&r->ids);
+    json_writer_clear(&r->trace);
+    json_writer_clear(&r->content_lp);
+    json_writer_clear(&r->reasoning_lp);
+    json_writer_clear(&r->thinking);
+    json_writer_clear(&r->answer);
+}
+
+void reply_write_info(const reply *r, bool with_trace, struct json_writer *w) {
+    struct reply_summary s;
+    reply_summarise(r, &s);
+    json_key(w, "sfumato");
+    json_begin(w, '{');
+    json_key(w, "mode");
+    json_write_text(w, think_mode_name(r->body->request.think.mode));
+    json_key(w, "soft_steps");
+    json_write_int(w, s.usage.soft_steps);
+    json_key(w, "thinking_end");
+    json_write_text(w, think_end_name(s.end));
+    json_key(w, "mean_entropy");
+    json_write_real(w, s.mean_entropy);
+    json_key(w, "seed");
+    json_write_int(w, (int64_t)s.seed);
+    if (r->loop_break) {
+        json_key(w, "loop_break");
+        json_write_bool(w, true);
+    }
+    if (with_trace && r->body->trace_entries > 0) reply_write_items(w, "trace", &r->trace);
+    json_end(w, '}');
 }
 
 /* ---- lines ---- */
@@ -208,7 +262,7 @@ void reply_write_custom_id(const json_t *custom_id, struct json_writer *w) {
     }
 }
 
-static void write_items(struct json_writer *w, const char *key, const struct json_writer *items) {
+void reply_write_items(struct json_writer *w, const char *key, const struct json_writer *items) {
     json_key(w, key);
     json_begin(w, '[');
     if (items->n) json_write_raw(w, items->bytes, items->n);
@@ -229,7 +283,7 @@ static void write_usage(const struct request_usage *u, struct json_writer *w) {
     json_end(w, '}');
 }
 
-static void write_stop_reason(const reply *r, struct json_writer *w) {
+void reply_write_stop_reason(const reply *r, struct json_writer *w) {
     json_key(w, "stop_reason");
     if (r->stop_index >= 0) {
         json_write_text(w, r->body->stops[r->stop_index]);
@@ -251,14 +305,14 @@ void reply_write_line(const reply *r, struct json_writer *w) {
     }
     json_key(w, "prompt_tokens");
     json_write_int(w, r->usage.prompt_tokens);
-    write_items(w, "ids", &r->ids);
+    reply_write_items(w, "ids", &r->ids);
     json_key(w, "thinking");
     json_write_string(w, r->thinking.bytes, r->thinking.n);
     json_key(w, "answer");
     json_write_string(w, r->answer.bytes, r->answer.n);
     json_key(w, "finish_reason");
     json_write_text(w, finish_name(r->finish));
-    write_stop_reason(r, w);
+    reply_write_stop_reason(r, w);
     json_key(w, "thinking_end");
     json_write_text(w, think_end_name(r->end));
     if (r->loop_break) {
@@ -273,11 +327,11 @@ void reply_write_line(const reply *r, struct json_writer *w) {
     if (r->body->request.logprobs) {
         json_key(w, "logprobs");
         json_begin(w, '{');
-        write_items(w, "content", &r->content_lp);
-        write_items(w, "reasoning", &r->reasoning_lp);
+        reply_write_items(w, "content", &r->content_lp);
+        reply_write_items(w, "reasoning", &r->reasoning_lp);
         json_end(w, '}');
     }
-    if (r->body->trace_entries > 0) write_items(w, "trace", &r->trace);
+    if (r->body->trace_entries > 0) reply_write_items(w, "trace", &r->trace);
     json_end(w, '}');
 }
 

@@ -23,9 +23,11 @@ enum status reply_new(const struct body_facts *facts, const struct body *body, i
                       reply **out);
 void reply_free(reply *r);
 
-/* One step. delta is borrowed until the next call. */
+/* One step. delta is borrowed until the next call; what include_reasoning hides and what
+ * stream_reasoning holds back until thinking ends is not in it. */
 enum status reply_step(reply *r, const struct engine_event *event, struct stream_delta *delta);
-/* The end: from the engine's last event, or NULL when a stop string ended it. */
+/* The end: from the engine's last event; after a stop string it may be NULL, and says only what was
+ * cached. */
 enum status reply_finish(reply *r, const struct engine_event *event, struct stream_delta *delta);
 /* True when the choice was aborted or failed: there is no result to write. */
 bool reply_aborted(const reply *r);
@@ -39,6 +41,23 @@ struct reply_summary {
     uint64_t seed;
 };
 void reply_summarise(const reply *r, struct reply_summary *out);
+
+/* ---- for the service's own forms ---- */
+
+/* What has been rendered since the last reply_forget. thinking, answer: plain bytes; the others:
+ * items of JSON arrays, without brackets, with commas between. Borrowed. */
+struct reply_parts {
+    const struct json_writer *thinking, *answer, *trace, *content_logprobs, *reasoning_logprobs;
+};
+void reply_get_parts(const reply *r, struct reply_parts *out);
+/* A stream has sent its parts: counts stay, parts go, memory is used again. */
+void reply_forget(reply *r);
+/* "stop_reason": the stop string, the stop id, or null. */
+void reply_write_stop_reason(const reply *r, struct json_writer *w);
+/* "sfumato": {mode, counts, ...}; with the trace that has not been forgotten when asked for. */
+void reply_write_info(const reply *r, bool with_trace, struct json_writer *w);
+/* "KEY": [items]. */
+void reply_write_items(struct json_writer *w, const char *key, const struct json_writer *items);
 
 /* The object of an output line, no newline. */
 void reply_write_line(const reply *r, struct json_writer *w);
