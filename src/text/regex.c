@@ -12,7 +12,8 @@
 
 enum {
     PATTERN_BYTES_MAX = 1 << 16,
-    STEP_LIMIT = 10 * 1000 * 1000,
+    STEP_LIMIT = 10 * 1000 * 1000, /* of one match, beside some steps for each byte of the text */
+    STEPS_PER_BYTE = 8,
     HEAP_LIMIT_KIB = 64 * 1024,
     JIT_STACK_MIN = 32 * 1024,
     JIT_STACK_MAX = 1024 * 1024,
@@ -338,7 +339,6 @@ enum status regex_match_new(const regex *r, regex_match **out) {
         regex_match_free(m);
         return fail(STATUS_MEMORY, "no memory to tokenize");
     }
-    pcre2_set_match_limit(m->context, STEP_LIMIT);
     pcre2_set_heap_limit(m->context, HEAP_LIMIT_KIB);
     m->stack = pcre2_jit_stack_create(JIT_STACK_MIN, JIT_STACK_MAX, NULL);
     if (m->stack != NULL) pcre2_jit_stack_assign(m->context, NULL, m->stack);
@@ -357,6 +357,8 @@ void regex_match_free(regex_match *m) {
 enum status regex_next(const regex *r, regex_match *m, const char *text, size_t n, size_t from,
                        size_t last_end, bool *found, size_t *begin, size_t *end) {
     *found = false;
+    /* long white space honestly takes a step or two a byte */
+    pcre2_set_match_limit(m->context, (uint32_t)(STEP_LIMIT + STEPS_PER_BYTE * n));
     while (from <= n) {
         int rc = pcre2_match(r->code, (PCRE2_SPTR)text, n, from, PCRE2_NO_UTF_CHECK, m->data,
                              m->context);

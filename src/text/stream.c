@@ -130,7 +130,7 @@ static enum status add_piece(stream *s, const char *bytes, size_t n) {
         if (u.kind != UTF8_BROKEN) break;
     }
     s->partial_n = (int)(s->decoded.n - begin);
-    memcpy(s->partial, s->decoded.bytes + begin, (size_t)s->partial_n);
+    if (s->partial_n > 0) memcpy(s->partial, s->decoded.bytes + begin, (size_t)s->partial_n);
     if (utf8_valid_bytes(s->decoded.bytes, begin) == begin)
         return add_text(s, s->decoded.bytes, begin);
     struct text_buffer lossy = {0};
