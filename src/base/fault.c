@@ -23,10 +23,16 @@ static void parse_environment(void) {
     wanted_count = *end == ':' ? strtol(end + 1, NULL, 10) : 1;
 }
 
-bool fault_hit(const char *name) {
+static bool is_wanted(const char *name) {
     if (!parsed) parse_environment();
-    if (wanted_rank < 0 || wanted_rank != log_rank() || strcmp(name, wanted) != 0) return false;
-    return --wanted_count == 0;
+    return wanted_rank >= 0 && wanted_rank == log_rank() && strcmp(name, wanted) == 0;
+}
+
+bool fault_hit(const char *name) { return is_wanted(name) && --wanted_count == 0; }
+
+bool fault_every(const char *name) {
+    static long calls;
+    return is_wanted(name) && wanted_count > 0 && ++calls % wanted_count == 0;
 }
 
 int fault_delay_ms(void) {

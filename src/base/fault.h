@@ -9,6 +9,8 @@
 #include <stdbool.h>
 
 bool fault_hit(const char *name);
+/* The same on every count-th call. */
+bool fault_every(const char *name);
 /* Milliseconds of random delay asked for by SFUMATO_FAULT=delay:rank:max_ms on this rank, else 0. */
 int fault_delay_ms(void);
 

@@ -248,7 +248,7 @@ bool engine_tick(engine *e) {
     if (e->sched.waiting_count + e->sched.running_count == 0) return false;
     const double begin = now_seconds();
     e->in_tick = true;
-    if (fault_hit("preempt")) engine_preempt(e);
+    if (fault_every("preempt")) engine_preempt(e);
     sched_plan(&e->sched);
     ASSERT_LT(0, e->sched.work_count);
     assembly_make(&e->assembly, e->sched.works, e->sched.work_count);

@@ -50,7 +50,7 @@ void engine_cancel(engine *e, uint64_t request_id, int choice, bool quiet);
 /* Runs one step. False when there is nothing to do (nothing was sent to the other ranks). */
 bool engine_tick(engine *e);
 /* Evicts the youngest running sequence as if pages had run out; nothing it says may change by it. For tests
- * (also: SFUMATO_FAULT=preempt:0:N, before tick N). */
+ * (also: SFUMATO_FAULT=preempt:0:N, before every N-th tick). */
 void engine_preempt(engine *e);
 /* Tells the other ranks to leave engine_follow. Once, after the last tick. */
 void engine_stop(engine *e);
