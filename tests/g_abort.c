@@ -33,7 +33,7 @@ static void steps(int count) {
     }
 }
 
-/* It is this rank's turn in this scenario; says so, for the time from here until all are gone counts. */
+/* This rank's turn in this scenario? Says so: the time from here until all are gone counts. */
 static bool strikes(const char *scenario, const char *name, bool is_my_turn) {
     if (strcmp(scenario, name) != 0 || !is_my_turn) return false;
     printf("fault\n");

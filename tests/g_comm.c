@@ -157,7 +157,7 @@ static void test_setup_refuses(void) {
         CHECK_EQ(comm_setup(c, &config), STATUS_COMM);
         CU_ASSERT(strstr(fail_text(), "/dev/shm") != NULL);
         config.kind = COMM_MPI;
-        config.slot_floats = (size_t)1 << 31; /* more than an MPI count */
+        config.slot_floats = (size_t)1 << 29; /* 2 GB: more than an MPI count */
         CHECK_EQ(comm_setup(c, &config), STATUS_USAGE);
         config.slot_floats = 64 + (size_t)(rank == size - 1); /* ranks disagree */
         CHECK_EQ(comm_setup(c, &config), STATUS_COMM);
@@ -350,8 +350,8 @@ static void test_many(void) {
     CU_ASSERT(times.wait_seconds >= 0 && times.move_seconds > 0);
 }
 
-/* A rank without a plan sleeps: half a second of waiting costs almost no processor time; and it wakes at once
- * (the sleep ends by itself after a second, which would hide a forgotten wake). */
+/* A rank without a plan sleeps: half a second of waiting costs almost no processor time; and it
+ * wakes at once (the sleep ends by itself after a second, which would hide a forgotten wake). */
 static void idle(const char *path, double share_max) {
     enum { IDLE_US = 500 * 1000 };
     const double wake_max = 0.4;

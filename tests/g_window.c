@@ -1,4 +1,4 @@
-/* g_window.c: the window path over threads instead of processes, where ThreadSanitizer sees every race.
+/* g_window.c: the window path over threads, not processes: ThreadSanitizer sees every race.
  *
  * Each thread is one rank with its own struct comm on the same memory. Some rounds have a long
  * pause on one rank, so that all phases of waiting are met, the futex included.

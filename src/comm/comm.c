@@ -1,10 +1,10 @@
-/* comm.c: the public face of comm/: joining, agreement, dispatch to the path, times, the end of the
- * job.
+/* comm.c: the public face of comm/: joining, agreement, dispatch to the path, the end of the job.
  *
  * Knows no MPI and no shared memory: it works on the two tables of comm_path.h. Agreement is an
  * all-gather of one small word a rank; only when some rank failed does its fault (text, field,
- * code) travel too. Thread: engine thread. Memory: one struct comm; the path takes the rest in
- * comm_setup.
+ * code) travel too.
+ *
+ * Thread: engine thread. Memory: one struct comm; the path takes the rest in comm_setup.
  */
 #include "comm/comm.h"
 

@@ -1,14 +1,15 @@
-/* comm.h: everything ranks say to one another. The only place that includes mpi.h (comm_mpi.c).
+/* comm.h: everything ranks say to one another. mpi.h is included in this folder only.
  *
- *   comm_open ─► comm_agree … ─► comm_setup ─► { comm_bcast ─► n × comm_all_reduce ─► comm_gather
- * }* ─► close
+ *   open ─► agree … ─► setup ─► { bcast ─► n × all_reduce ─► gather }* ─► close
  *
  * Sums are in the fixed slab tree over ranks: adjacent pairs, an odd one out moves up unchanged. An
  * absent operand is a slot full of -0.0f, the identity of IEEE addition (x + -0 = x for every x, -0
- * too), so a sum needs no flags. Window and message paths give equal bits. Thread: the engine
- * thread only. Waits: spin ~50 us, then yield, then sleep on a futex in the shared window (idle
- * ranks use ~0 % of a core); ranks > cores: yield at once. All memory is taken in comm_setup;
- * nothing is allocated in a step.
+ * too), so a sum needs no flags. Window and message paths give equal bits.
+ *
+ * Thread: the engine thread only. Memory: all in comm_setup; nothing is allocated in a step.
+ *
+ * Waits: spin ~50 us, then yield; ranks > cores: yield at once. Who waits for a plan soon sleeps,
+ * on a futex in the shared window (~0 % of a core) or between polls of MPI, one a millisecond (~2 %).
  */
 #ifndef SFUMATO_COMM_COMM_H
 #define SFUMATO_COMM_COMM_H
@@ -29,7 +30,7 @@ struct comm_config {
     size_t slot_floats;      /* largest all-reduce, in floats: rows_max * D */
     size_t bcast_bytes_max;  /* largest plan */
     size_t gather_bytes_max; /* largest contribution of one rank to a gather */
-    double timeout_seconds;  /* a wait longer than this aborts the job with code 6; 0 = never */
+    double timeout_seconds;  /* a longer wait in a step aborts the job with code 6; 0 = never */
 };
 
 /* Joins the job: MPI_Init_thread when started by mpirun (or a compatible launcher), else one rank
@@ -65,14 +66,15 @@ float *comm_slot(comm *c);
  * a copy. */
 void comm_all_reduce(comm *c, size_t count, float *sum);
 
-/* Rank 0: sends n bytes. Others: wait (sleeping if long) and return the length; *bytes is borrowed
- * until the next comm_bcast. */
+/* Rank 0: sends n bytes. Others: wait (sleeping if long, without a deadline) and return the length;
+ * *bytes is borrowed until the next comm_bcast (on rank 0 it is `mine`). */
 size_t comm_bcast(comm *c, const void *mine, size_t n, const void **bytes);
 /* Every rank brings n bytes (equal n); rank 0 gets [R][n] back to back, borrowed until the next
  * gather; others get NULL. With one rank the result is `mine` itself. */
 const void *comm_gather(comm *c, const void *mine, size_t n);
 
-/* Time spent since comm_setup, for bench: waiting for slower ranks and moving/summing bytes. */
+/* Time spent since comm_setup, for bench: waiting for slower ranks (all-reduce, gather; not for a
+ * plan) and moving/summing bytes (all-reduce). */
 struct comm_times {
     double wait_seconds, move_seconds;
     uint64_t all_reduce_count;

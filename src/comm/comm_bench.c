@@ -1,10 +1,12 @@
-/* comm_bench.c: all-reduce, broadcast and gather from 256 B to 1 MB: own path and MPI's call in turn.
+/* comm_bench.c: all-reduce, broadcast and gather from 256 B to 1 MB, own path and MPI's in turn.
  *
- * One figure is the median over ROUNDS of (time of a burst / calls in it), own and MPI bursts alternating, so
- * that whatever else the machine does hits both. Rank 0's clock counts. A root that may run ahead would
- * time only its own copying, so a broadcast is timed with an 8-byte gather behind it and a gather with an 8-byte
- * broadcast before it, for both sides alike: together one step of the engine's protocol.
- * The only place where MPI's collectives may be called on data of a step. Memory: malloc, freed here.
+ * One figure is the median over ROUNDS of (time of a burst / calls in it), own and MPI bursts
+ * alternating, so that whatever else the machine does hits both. Rank 0's clock counts. A root that
+ * may run ahead would time only its own copying, so a broadcast is timed with an 8-byte gather
+ * behind it and a gather with an 8-byte broadcast before it, for both sides alike: together one
+ * step of the engine's protocol.
+ *
+ * The only place that calls MPI's collectives on data of a step. Memory: malloc, freed here.
  */
 #include "comm/comm_bench.h"
 

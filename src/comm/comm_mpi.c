@@ -1,9 +1,8 @@
 /* comm_mpi.c: joining the job by MPI, memory for the window path, and path "mpi" (messages).
  *
- * The only file that includes mpi.h (comm_bench.c compares with it, too). All ranks on one host:
- * the window path, in memory of MPI_Win_allocate_shared. Otherwise, or with --comm mpi, messages
- * for everything: a job over several hosts does not use windows inside them (that would save
- * copies, not the slow hop).
+ * All ranks on one host: the window path, in memory of MPI_Win_allocate_shared. Otherwise, or with
+ * --comm mpi, messages for everything: a job over several hosts does not use windows inside them
+ * (that would save copies, not the slow hop).
  *
  * Messages are our own sends and receives, one to and from each peer, not MPI's collectives:
  *   - an all-reduce brings every fp32 partial to every rank, then the tree. Never MPI_Allreduce:
@@ -16,7 +15,6 @@
  *
  * Thread: FUNNELED, the engine thread only. Memory: taken in setup; [R][slot] for the partials.
  */
-#include <errno.h>
 #include <limits.h>
 #include <mpi.h>
 #include <sched.h>
@@ -28,7 +26,6 @@
 #include <time.h>
 #include <unistd.h>
 
-#include "base/log.h"
 #include "comm/comm_path.h"
 #include "comm/comm_tree.h"
 
@@ -135,12 +132,11 @@ static void mpi_close(comm *c) {
  * its own core, or all of them the same two. */
 static bool host_is_crowded(const struct mpi_job *job, int local_size) {
     cpu_set_t mine, all[COMM_RANKS_MAX];
-    CPU_ZERO(&mine);
     if (sched_getaffinity(0, sizeof mine, &mine) != 0)
-        return false; /* > 1024 processors: not crowded */
+        CPU_ZERO(&mine); /* more than 1024 processors */
     MPI_Allgather(&mine, sizeof mine, MPI_BYTE, all, sizeof mine, MPI_BYTE, job->host);
     for (int r = 0; r < local_size; r++) CPU_OR(&mine, &mine, &all[r]);
-    return local_size > CPU_COUNT(&mine);
+    return CPU_COUNT(&mine) > 0 && local_size > CPU_COUNT(&mine);
 }
 
 /* Open MPI ends the ranks when one of them or mpirun dies. This also covers a launcher that was
@@ -152,7 +148,8 @@ static void die_with_parent(comm *c) {
     comm_watch_parent(c); /* it may have died just before */
 }
 
-/* How many processes the launcher says it started; 0: it does not say. */
+/* How many processes the launcher says it started, 0 when it does not say. The launcher of another
+ * MPI starts R jobs of one rank each: refused, or R servers would run without a word. */
 static int launched_size(void) {
     const char *text = getenv("OMPI_COMM_WORLD_SIZE");
     if (!text) text = getenv("PMI_SIZE");
@@ -181,19 +178,19 @@ enum status comm_mpi_join(comm *c, int *argc, char ***argv) {
     enum status status = STATUS_OK;
     if (c->size > COMM_RANKS_MAX) {
         status = fail(STATUS_USAGE, "%d ranks: at most %d are possible", c->size, COMM_RANKS_MAX);
-    } else if (c->size == 1 &&
-               launched_size() > 1) { /* another MPI's launcher: R separate jobs of one */
-        status = fail(STATUS_COMM,
-                      "the launcher started %d processes, but MPI sees one: use the mpirun of the "
-                      "Open MPI this "
-                      "program was built with",
-                      launched_size());
+    } else if (c->size == 1 && launched_size() > 1) {
+        status = fail(
+            STATUS_COMM,
+            "the launcher started %d processes, but MPI sees one: use the mpirun of the Open MPI "
+            "this program was built with",
+            launched_size());
     } else if (provided < MPI_THREAD_FUNNELED) {
         status = fail(STATUS_COMM,
                       "this MPI does not allow threads (MPI_THREAD_FUNNELED): use another build");
     }
-    if (status != STATUS_OK) { /* the same on all ranks */
+    if (status != STATUS_OK) { /* the same on all ranks: rank 0 says it */
         mpi_close(c);
+        if (c->rank > 0) exit(status);
         return status;
     }
     c->crowded = host_is_crowded(job, c->local_size);
@@ -207,8 +204,9 @@ enum status comm_mpi_join(comm *c, int *argc, char ***argv) {
 /* A full /dev/shm shows itself as SIGBUS at first touch, so ask before. */
 static enum status check_shm_room(size_t bytes) {
     struct statvfs fs;
-    if (statvfs("/dev/shm", &fs) != 0 || access("/dev/shm", W_OK) != 0)
-        return STATUS_OK; /* MPI: elsewhere */
+    if (access("/dev/shm", W_OK) != 0 || statvfs("/dev/shm", &fs) != 0) {
+        return STATUS_OK; /* Open MPI then makes its file elsewhere */
+    }
     const unsigned long long room = (unsigned long long)fs.f_bavail * fs.f_frsize;
     if (room >= bytes) return STATUS_OK;
     return fail(
@@ -218,8 +216,7 @@ static enum status check_shm_room(size_t bytes) {
         1e-6 * (double)bytes, 1e-6 * (double)room);
 }
 
-/* An address of the same offset in every process, aligned to a page: mappings differ by whole
- * pages. */
+/* The same offset in every process, because mappings differ by whole pages. */
 static char *page_aligned(char *base) {
     return base + (PAGE_BYTES - (uintptr_t)base % PAGE_BYTES) % PAGE_BYTES;
 }
@@ -256,10 +253,8 @@ static enum status setup_window(comm *c) {
     TRY(comm_agree(c, allocate_window(c, &window, &base)));
     job->window = window;
     MPI_Win_lock_all(MPI_MODE_NOCHECK, window); /* MPI's rule for plain loads and stores */
-    enum status status = STATUS_OK;
     if (c->rank == 0) comm_window_clear(base, c->size);
-    status = comm_window_attach(c, base);
-    return comm_agree(c, status); /* also the barrier attach asks for */
+    return comm_agree(c, comm_window_attach(c, base)); /* also the barrier attach asks for */
 }
 
 /* ---- path "mpi" ---- */
@@ -287,10 +282,10 @@ static void *take_lines(size_t bytes, size_t times) {
 
 static enum status open_messages(comm *c) {
     const struct comm_config *config = &c->config;
-    const size_t int_max = INT_MAX, ranks = (size_t)c->size;
-    if (config->slot_floats > int_max || config->bcast_bytes_max > int_max ||
-        config->gather_bytes_max > int_max) {
-        return fail(STATUS_USAGE, "one message would exceed 2^31 elements: lower the batch limits");
+    const size_t ranks = (size_t)c->size, bytes_max = INT_MAX; /* MPI counts are ints */
+    if (config->slot_floats > bytes_max / sizeof(float) || config->bcast_bytes_max > bytes_max ||
+        config->gather_bytes_max > bytes_max) {
+        return fail(STATUS_USAGE, "one message would exceed 2 GB: lower the batch limits");
     }
     struct messages *m = calloc(1, sizeof *m);
     if (!m) return fail(STATUS_MEMORY, "no memory for the state of the message path");

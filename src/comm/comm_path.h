@@ -1,12 +1,13 @@
-/* comm_path.h: what the files of comm/ share; nobody outside includes it (one test does, to run the
- * window path over threads).
+/* comm_path.h: what the files of comm/ share; nobody outside includes it but its tests, which run
+ * the window path over threads and change the path of an open job.
  *
  *   comm.c         the public calls, agreement, times, abort
  *   comm_self.c    path "self": one rank
  *   comm_window.c  path "window": shared memory, no MPI in it
  *   comm_mpi.c     joining the job, the window's memory, path "mpi": messages
  *   comm_tree.c    the sum itself
- *   comm_wait.c    how to wait: pause, yield, sleep, give up
+ *   comm_wait.c    how to wait: pause, yield, give up
+ *   comm_bench.c   `bench comm`
  *
  * A path is a const table, the instance last in its file. Start-up calls (all_gather, share) belong
  * to how the job was joined and work before comm_setup; the step calls belong to the path chosen

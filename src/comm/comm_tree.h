@@ -1,5 +1,4 @@
-/* comm_tree.h: the fixed tree in which partial sums meet (cpu.md §3.1). Pure arithmetic, no memory,
- * any thread.
+/* comm_tree.h: the fixed tree in which partial sums meet (cpu.md §3.1). Pure; any thread.
  *
  *   R = 4: (0+1) + (2+3)      R = 3: (0+1) + 2      R = 7: ((0+1) + (2+3)) + ((4+5) + 6)
  *

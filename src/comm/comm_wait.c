@@ -1,7 +1,6 @@
 /* comm_wait.c: how a rank waits for another one.
  *
- *   0 ── pause ── 50 us ── yield ── 1 ms ── sleep (only who waits for a plan; the path knows on
- * what)
+ *   0 ── pause ── 50 us ── yield ── 1 ms ── sleep (who waits for a plan; the path knows how)
  *
  * A decode step has ~60 all-reduces, so the first microseconds decide: a pause loop sees the peer's
  * flag within 0.1 us. With more ranks than cores the peer cannot run while we pause, so yield at

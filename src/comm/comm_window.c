@@ -10,13 +10,17 @@
  * All-reduce number i uses slot i%2: write the partial, publish i (store-release), wait until all
  * have published i (load-acquire), sum all slots in the tree. One wait suffices: who writes slot
  * i%2 again, for i+2, has seen everybody publish i+1, which everybody does after reading i. There
- * is no exit barrier. R >= 4 and more than 64 KB: reading R slots in every rank moves R^2 bytes, so
- * each rank sums only its columns, into its own slot (no other rank reads those columns before
- * `reduced` says so), then all copy the columns of the others. The tree per element is the same,
- * hence the bits. Plans and records alternate between two buffers for the same reason; the reader's
- * flag `plan` (rank 0's flag `gather`) says that it has let go of the one before. A rank that waits
- * long for a plan sleeps on the plan number, a futex that is not private to its process. Invariant:
- * counts and lengths travel beside the flags; ranks that disagree are a bug, not a wrong sum.
+ * is no exit barrier.
+ *
+ * R >= 4 and more than 64 KB: reading R slots in every rank moves R^2 bytes, so each rank sums only
+ * its columns, into its own slot (no other rank reads those columns before `reduced` says so), then
+ * all copy the columns of the others. The tree per element is the same, hence the bits.
+ *
+ * Plans and records alternate between two buffers for the same reason; the reader's flag `plan`
+ * (rank 0's flag `gather`) says that it has let go of the one before. Who waits long for a plan
+ * sleeps on the plan number, a futex that is not private to its process.
+ *
+ * Counts and lengths travel beside the flags: ranks that disagree are a bug, not a wrong sum.
  */
 #include <linux/futex.h>
 #include <stdatomic.h>
@@ -31,9 +35,8 @@
 
 enum { PAGE_BYTES = 4096, SCATTER_RANKS = 4, SCATTER_BYTES = 64 * 1024, PARK_SECONDS = 1 };
 
-/* One flag, one line: a line that is polled must not hold anything another rank writes. size[number
- * % 2] is what the owner brought to operation `number`; it outlives the operation as a slot does.
- */
+/* One flag, one line: a line that is polled must not hold anything another rank writes. size[i%2]
+ * is what the owner brought to operation i; it outlives the operation as a slot does. */
 struct flag {
     _Alignas(COMM_LINE_BYTES) _Atomic uint64_t number;
     uint64_t size[2];
