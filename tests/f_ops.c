@@ -103,49 +103,69 @@ static void check_double(const struct shape *s, enum matrix_kind kind, enum back
         }
 }
 
+/* One shape's operands, and the bits expected of each numeric class. */
+struct reference {
+    float *a, *b, *x;
+    void *in;
+    unsigned char *fma, *dpbf16;
+    bool have_fma, have_dpbf16;
+};
+
+static void check_shape(backend *be, const struct shape *s, enum matrix_kind kind,
+                        enum backend_dtype dtype, struct reference *ref) {
+    const size_t row_bytes = output_bytes(kind, dtype) * (size_t)s->rows;
+    matrix *m = matrix_make(be, s, kind, dtype, ref->a, kind == MATRIX_GATE_UP ? ref->b : NULL);
+    const bool own_bits = be->numerics == NUMERICS_DPBF16 && dtype == BACKEND_BF16;
+    unsigned char *want = own_bits ? ref->dpbf16 : ref->fma;
+    bool *have = own_bits ? &ref->have_dpbf16 : &ref->have_fma;
+    if (!*have) { /* the first backend is the scalar one */
+        CU_ASSERT(own_bits || be->isa == ISA_SCALAR);
+        product(be, kind, m, M_MAX, ref->in, want);
+        check_double(s, kind, dtype, ref->a, ref->b, ref->x, want, own_bits ? 2.0 : 1.0);
+        *have = true;
+    }
+    for (size_t k = 0; k < sizeof batch_sizes / sizeof batch_sizes[0]; k++) {
+        const int rows = batch_sizes[k];
+        if (be->isa == ISA_SCALAR && be->threads > 1 && rows != 3) continue; /* slow */
+        void *out = guard_new(row_bytes * (size_t)rows);
+        product(be, kind, m, rows, ref->in, out);
+        CU_ASSERT(suite_equal_bytes("rows of a batch", out, want, row_bytes * (size_t)rows));
+        /* the last row alone: a row's bits do not depend on its place */
+        const int64_t last = (M_MAX - 1) * s->cols * (dtype == BACKEND_F32 ? 4 : 2);
+        product(be, kind, m, 1, (char *)ref->in + last, out);
+        CU_ASSERT(
+            suite_equal_bytes("last row alone", out, want + (M_MAX - 1) * row_bytes, row_bytes));
+        CU_ASSERT(guard_check(out, row_bytes * (size_t)rows));
+    }
+}
+
 static void check_products(enum matrix_kind kind, enum backend_dtype dtype) {
+    struct reference refs[SHAPES];
     for (int i = 0; i < SHAPES; i++) {
         const struct shape *s = &shapes[i];
-        const size_t unit = output_bytes(kind, dtype), row_bytes = unit * (size_t)s->rows;
-        float *a = malloc(sizeof(float) * (size_t)(s->rows * s->cols));
-        float *b = malloc(sizeof(float) * (size_t)(s->rows * s->cols));
-        float *x = malloc(sizeof(float) * (size_t)(M_MAX * s->cols));
-        awkward_fill(1000 + (uint64_t)i, a, s->rows * s->cols);
-        awkward_fill(2000 + (uint64_t)i, b, s->rows * s->cols);
-        awkward_fill(3000 + (uint64_t)i, x, M_MAX * s->cols);
-        void *in = activations_new(x, M_MAX * s->cols, dtype);
-        unsigned char *fma = malloc(row_bytes * M_MAX), *dpbf16 = malloc(row_bytes * M_MAX);
-        bool have_dpbf16 = false;
-        for (int level = 0; level < LEVELS; level++)
-            for (int threads = 1; threads <= THREADS_MAX; threads++) {
-                backend *be = level_open(level, threads, M_MAX);
-                if (!be) break;
-                matrix *m = matrix_make(be, s, kind, dtype, a, kind == MATRIX_GATE_UP ? b : NULL);
-                const bool own_bits = be->numerics == NUMERICS_DPBF16 && dtype == BACKEND_BF16;
-                unsigned char *want = own_bits ? dpbf16 : fma;
-                if (threads == 1 && (level == 0 || (own_bits && !have_dpbf16))) {
-                    product(be, kind, m, M_MAX, in, want);
-                    check_double(s, kind, dtype, a, b, x, want, own_bits ? 2.0 : 1.0);
-                    have_dpbf16 = own_bits;
-                }
-                for (size_t k = 0; k < sizeof batch_sizes / sizeof batch_sizes[0]; k++) {
-                    const int rows = batch_sizes[k];
-                    if (level == 0 && threads > 1 && rows != 3) continue; /* slow */
-                    void *out = guard_new(row_bytes * (size_t)rows);
-                    product(be, kind, m, rows, in, out);
-                    CU_ASSERT(
-                        suite_equal_bytes("rows of a batch", out, want, row_bytes * (size_t)rows));
-                    /* the last rows alone: a row's bits do not depend on its place */
-                    product(be, kind, m, 1,
-                            (char *)in + (M_MAX - 1) * s->cols * (dtype == BACKEND_F32 ? 4 : 2),
-                            out);
-                    CU_ASSERT(suite_equal_bytes("last row alone", out,
-                                                want + (M_MAX - 1) * row_bytes, row_bytes));
-                    CU_ASSERT(guard_check(out, row_bytes * (size_t)rows));
-                }
-                be->ops->close(be);
-            }
-        free(a), free(b), free(x), free(in), free(fma), free(dpbf16);
+        const int64_t weights = s->rows * s->cols, inputs = M_MAX * s->cols;
+        const size_t out_bytes = output_bytes(kind, dtype) * (size_t)s->rows * M_MAX;
+        struct reference *r = &refs[i];
+        *r = (struct reference){.a = malloc(sizeof(float) * (size_t)weights),
+                                .b = malloc(sizeof(float) * (size_t)weights),
+                                .x = malloc(sizeof(float) * (size_t)inputs),
+                                .fma = malloc(out_bytes),
+                                .dpbf16 = malloc(out_bytes)};
+        awkward_fill(1000 + (uint64_t)i, r->a, weights);
+        awkward_fill(2000 + (uint64_t)i, r->b, weights);
+        awkward_fill(3000 + (uint64_t)i, r->x, inputs);
+        r->in = activations_new(r->x, inputs, dtype);
+    }
+    for (int level = 0; level < LEVELS; level++)
+        for (int threads = 1; threads <= THREADS_MAX; threads++) {
+            backend *be = level_open(level, threads, M_MAX);
+            if (!be) break;
+            for (int i = 0; i < SHAPES; i++) check_shape(be, &shapes[i], kind, dtype, &refs[i]);
+            be->ops->close(be);
+        }
+    for (int i = 0; i < SHAPES; i++) {
+        struct reference *r = &refs[i];
+        free(r->a), free(r->b), free(r->x), free(r->in), free(r->fma), free(r->dpbf16);
     }
 }
 
