@@ -253,14 +253,14 @@ static void test_environment(void) {
 }
 
 /* Renders, and expects a refusal that names `want` within the deadline. */
-static void check_refused(const char *text, const char *want, double limit) {
+static void check_refused(const char *text, const char *want) {
     chat *c = NULL;
     char *prompt = NULL;
     size_t n;
     CHECK_EQ(chat_open(helper, text, NULL, NULL, NULL, &c), STATUS_OK);
     const double start = seconds();
     CHECK_EQ(chat_render(c, "[" U "]", false, false, NULL, &prompt, &n), STATUS_REQUEST);
-    CU_ASSERT(seconds() - start < limit);
+    CU_ASSERT(seconds() - start < CHAT_RENDER_SECONDS + 5);
     if (strstr(fail_text(), want) == NULL)
         printf("\n    \"%s\" does not say %s\n", fail_text(), want);
     CU_ASSERT(strstr(fail_text(), want) != NULL);
@@ -270,16 +270,16 @@ static void check_refused(const char *text, const char *want, double limit) {
 
 static void test_hostile(void) {
     if (helper == NULL) return;
-    check_refused("{{ raise_exception('roles must alternate') }}", "roles must alternate", 4);
-    check_refused("{{ messages[0].nothing.at_all }}", "nothing", 4);
-    check_refused("{{ ''.__class__.__mro__[1].__subclasses__() }}", "unsafe", 4);
-    check_refused("{{ messages.append(1) }}", "unsafe", 4);
+    check_refused("{{ raise_exception('roles must alternate') }}", "roles must alternate");
+    check_refused("{{ messages[0].nothing.at_all }}", "nothing");
+    check_refused("{{ ''.__class__.__mro__[1].__subclasses__() }}", "unsafe");
+    check_refused("{{ messages.append(1) }}", "unsafe");
     check_refused(
         "{% set n = namespace(s='ab') %}{% for i in range(60) %}{% set n.s = n.s + n.s %}{% endfor "
         "%}{{ n.s }}",
-        "emory", 8);
+        "emory");
     check_refused("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
-                  "seconds", CHAT_RENDER_SECONDS + 3);
+                  "seconds");
     check_template("alive", "alive"); /* a new process has taken its place */
 }
 

@@ -4,18 +4,18 @@
 #include "text/stream.h"
 #include "text/utf8.h"
 
-static tokenizer *tiny, *qwen;
+static tokenizer *small, *qwen;
 
 int suite_setup(int *argc, char ***argv) {
     (void)argc;
     (void)argv;
-    tiny = text_open(2);
+    small = text_open(TEXT_SMALL);
     qwen = text_open(1);
-    return tiny == NULL || qwen == NULL;
+    return small == NULL || qwen == NULL;
 }
 
 void suite_teardown(void) {
-    tokenizer_close(tiny);
+    tokenizer_close(small);
     tokenizer_close(qwen);
 }
 
@@ -137,12 +137,12 @@ static void check_text(const char *what, const struct text_buffer *got, const ch
 
 /* --- by hand --------------------------------------------------------------------------------------- */
 
-/* Text as ids of the tiny tokenizer; "<think>" and "</think>" become markers that change the phase. */
+/* Text as ids of the small tokenizer; "<think>" and "</think>" become markers that change the phase. */
 static int make_steps(const char *text, bool thinking, struct step *steps) {
     uint32_t *ids = NULL;
     size_t count = 0;
-    CHECK_EQ(tokenizer_encode(tiny, text, strlen(text), false, &ids, &count), STATUS_OK);
-    const int open = tokenizer_find(tiny, "<think>"), close = tokenizer_find(tiny, "</think>");
+    CHECK_EQ(tokenizer_encode(small, text, strlen(text), false, &ids, &count), STATUS_OK);
+    const int open = tokenizer_find(small, "<think>"), close = tokenizer_find(small, "</think>");
     for (size_t i = 0; i < count; i++) {
         const bool marker = (int)ids[i] == open || (int)ids[i] == close;
         steps[i] = (struct step){ids[i], thinking, marker};
@@ -157,7 +157,7 @@ static void check_reply(const char *text, bool thinking, const struct stream_opt
                         const char *want_thinking, const char *want_answer, int want_stop) {
     struct step steps[256];
     const int count = make_steps(text, thinking, steps);
-    struct reply r = streamed_reply(tiny, o, steps, count);
+    struct reply r = streamed_reply(small, o, steps, count);
     check_text("thinking", &r.thinking, want_thinking, strlen(want_thinking));
     check_text("answer", &r.answer, want_answer, strlen(want_answer));
     CHECK_EQ(r.stop_index, want_stop);
@@ -180,7 +180,7 @@ static void test_phases(void) {
     /* the close marker's text out of ordinary tokens is ordinary text */
     struct step steps[16];
     const int count = make_steps("< /think>", true, steps);
-    struct reply r = streamed_reply(tiny, &plain, steps, count);
+    struct reply r = streamed_reply(small, &plain, steps, count);
     check_text("thinking", &r.thinking, "< /think>", 9);
     free_reply(&r);
 }
@@ -216,7 +216,7 @@ static void test_held_back(void) {
     stream *s = NULL;
     struct step steps[64];
     const int count = make_steps("a\xF0\x9F\x98\x80\n", false, steps); /* the face is four tokens */
-    CHECK_EQ(stream_open(tiny, &o, &s), STATUS_OK);
+    CHECK_EQ(stream_open(small, &o, &s), STATUS_OK);
     size_t shown = 0;
     for (int i = 0; i < count; i++) {
         CHECK_EQ(stream_push(s, steps[i].id, false, false, &d), STATUS_OK);
@@ -236,17 +236,17 @@ static void test_options(void) {
     longer[sizeof longer - 1] = '\0';
     const char *empty[] = {""}, *too_long[] = {longer}, *broken[] = {"\xC3"};
     struct stream_options o = {.stops = empty, .stop_count = 1};
-    CHECK_EQ(stream_open(tiny, &o, &s), STATUS_REQUEST);
+    CHECK_EQ(stream_open(small, &o, &s), STATUS_REQUEST);
     CHECK_STR(fail_last()->param, "stop");
     o.stops = too_long;
-    CHECK_EQ(stream_open(tiny, &o, &s), STATUS_REQUEST);
+    CHECK_EQ(stream_open(small, &o, &s), STATUS_REQUEST);
     o.stops = broken;
-    CHECK_EQ(stream_open(tiny, &o, &s), STATUS_REQUEST);
+    CHECK_EQ(stream_open(small, &o, &s), STATUS_REQUEST);
     o.stop_count = STREAM_STOP_COUNT_MAX + 1;
-    CHECK_EQ(stream_open(tiny, &o, &s), STATUS_REQUEST);
+    CHECK_EQ(stream_open(small, &o, &s), STATUS_REQUEST);
     longer[STREAM_STOP_BYTES_MAX] = '\0';
     o = (struct stream_options){.stops = too_long, .stop_count = 1};
-    CHECK_EQ(stream_open(tiny, &o, &s), STATUS_OK);
+    CHECK_EQ(stream_open(small, &o, &s), STATUS_OK);
     stream_close(s);
 }
 
@@ -259,7 +259,7 @@ static void fuzz_one(uint64_t seed) {
                                        "\r", "12",       "x\n",          "So",      "\xEF"};
     struct step steps[STEPS_MAX];
     uint32_t draw = 0;
-    const tokenizer *t = seed % 2 == 0 ? tiny : qwen;
+    const tokenizer *t = seed % 2 == 0 ? small : qwen;
     const uint32_t vocab = (uint32_t)tokenizer_vocab_count(t);
     const int count = (int)(suite_random(seed, draw++) % STEPS_MAX);
     bool thinking = suite_random(seed, draw++) % 2 == 0;

@@ -15,7 +15,7 @@ enum {
     STEP_LIMIT = 10 * 1000 * 1000, /* of one match, beside some steps for each byte of the text */
     STEPS_PER_BYTE = 8,
     HEAP_LIMIT_KIB = 64 * 1024,
-    JIT_STACK_MIN = 32 * 1024,
+    JIT_STACK_MIN = 64 * 1024,
     JIT_STACK_MAX = 1024 * 1024,
 };
 
@@ -340,8 +340,6 @@ enum status regex_match_new(const regex *r, regex_match **out) {
         return fail(STATUS_MEMORY, "no memory to tokenize");
     }
     pcre2_set_heap_limit(m->context, HEAP_LIMIT_KIB);
-    m->stack = pcre2_jit_stack_create(JIT_STACK_MIN, JIT_STACK_MAX, NULL);
-    if (m->stack != NULL) pcre2_jit_stack_assign(m->context, NULL, m->stack);
     *out = m;
     return STATUS_OK;
 }
@@ -354,17 +352,30 @@ void regex_match_free(regex_match *m) {
     free(m);
 }
 
+/* Compiled code starts on 32 KB of our own stack, which is nearly always enough; it gets a larger one when it asks,
+ * and the interpreter takes over when that is too small as well. */
+static int match_once(const regex *r, regex_match *m, const char *text, size_t n, size_t from) {
+    int rc =
+        pcre2_match(r->code, (PCRE2_SPTR)text, n, from, PCRE2_NO_UTF_CHECK, m->data, m->context);
+    if (rc == PCRE2_ERROR_JIT_STACKLIMIT && m->stack == NULL) {
+        m->stack = pcre2_jit_stack_create(JIT_STACK_MIN, JIT_STACK_MAX, NULL);
+        if (m->stack != NULL) pcre2_jit_stack_assign(m->context, NULL, m->stack);
+        rc = pcre2_match(r->code, (PCRE2_SPTR)text, n, from, PCRE2_NO_UTF_CHECK, m->data,
+                         m->context);
+    }
+    if (rc == PCRE2_ERROR_JIT_STACKLIMIT)
+        rc = pcre2_match(r->code, (PCRE2_SPTR)text, n, from, PCRE2_NO_UTF_CHECK | PCRE2_NO_JIT,
+                         m->data, m->context);
+    return rc;
+}
+
 enum status regex_next(const regex *r, regex_match *m, const char *text, size_t n, size_t from,
                        size_t last_end, bool *found, size_t *begin, size_t *end) {
     *found = false;
     /* long white space honestly takes a step or two a byte */
     pcre2_set_match_limit(m->context, (uint32_t)(STEP_LIMIT + STEPS_PER_BYTE * n));
     while (from <= n) {
-        int rc = pcre2_match(r->code, (PCRE2_SPTR)text, n, from, PCRE2_NO_UTF_CHECK, m->data,
-                             m->context);
-        if (rc == PCRE2_ERROR_JIT_STACKLIMIT)
-            rc = pcre2_match(r->code, (PCRE2_SPTR)text, n, from, PCRE2_NO_UTF_CHECK | PCRE2_NO_JIT,
-                             m->data, m->context);
+        int rc = match_once(r, m, text, n, from);
         if (rc == PCRE2_ERROR_NOMATCH) return STATUS_OK;
         if (rc < 0) {
             PCRE2_UCHAR why[120];

@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 """Make tests/data/golden/tokenizer_options.jsonl with Hugging Face tokenizers: what each option of a
-tokenizer.json does, on variations of models/tiny's tokenizer.
+tokenizer.json does, on variations of tests/data/tokenizers/small.
 
     python make_tokenizer_options.py
 
@@ -10,13 +10,14 @@ that are set}, "drop": tokens taken out of the vocabulary (with their merges), "
 """
 import copy
 import json
+import lzma
 import os
 
 from tokenizers import Tokenizer
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 OUT = os.path.normpath(f"{HERE}/../data/golden/tokenizer_options.jsonl")
-TINY = os.path.normpath(f"{HERE}/../../models/tiny/tokenizer.json")
+BASE = os.path.normpath(f"{HERE}/../data/tokenizers/small.tokenizer.json.xz")
 
 TEXTS = [
     "", " ", "Mia has 12 pens, 3456 cups.", " two  spaces\n\nand\tlines  ", "the-final--countdown--", "--a-b", "don't SHE'LL x'\u017f",
@@ -117,7 +118,7 @@ def build(base, change):
 
 
 def main():
-    with open(TINY) as f:
+    with lzma.open(BASE) as f:
         base = json.load(f)
     count = 0
     with open(OUT, "w") as out:
