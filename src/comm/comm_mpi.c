@@ -160,6 +160,9 @@ enum status comm_mpi_join(comm *c, int *argc, char ***argv) {
     struct mpi_job *job = calloc(1, sizeof *job);
     if (!job) return fail(STATUS_MEMORY, "no memory to join the job");
     int provided = 0;
+    /* Open MPI would read large messages straight from the peer's memory, which containers forbid (an
+     * error for every message). The user's own setting wins. */
+    setenv("OMPI_MCA_btl_vader_single_copy_mechanism", "none", 0);
     if (MPI_Init_thread(argc, argv, MPI_THREAD_FUNNELED, &provided) != MPI_SUCCESS) {
         free(job);
         return fail(STATUS_COMM,
