@@ -239,14 +239,19 @@ static void item_begin(const struct attention_job *job, int row,
         item->block.q_bf16 = q_bf16;
 }
 
-/* (m, l, o) of one block from scratch, into block->m, l, o. */
-static void item_block(const struct attention_job *job, const struct item *item, int index,
+/* (m, l, o) of one block from scratch, into block->m, l, o. `end`: where this thread's blocks of the
+ * item end. */
+static void item_block(const struct attention_job *job, const struct item *item, int index, int end,
                        struct attention_block *block) {
     const struct cpu_kv *kv = &job->cpu->kv;
     const unsigned char *data =
         kv_block(kv, job->spec->layer, item->pages[index], item->tile.kv_head);
     const int left = item->context - index * KV_BLOCK_TOKENS;
     block->keys = data;
+    block->next = index + 1 < end
+                      ? kv_block(kv, job->spec->layer, item->pages[index + 1], item->tile.kv_head)
+                      : NULL;
+    block->next_bytes = kv->block_bytes;
     block->values = data + kv->keys_bytes;
     block->visible = left < KV_BLOCK_TOKENS ? left : KV_BLOCK_TOKENS;
     job->cpu->kernels->attention_block(block);
@@ -299,7 +304,7 @@ static void items_task(void *context, int thread) {
             struct item item;
             item_begin(job, row, segment, &job->tiles[tile], scratch, &item);
             for (int i = 0; i < block_count(&item); i++) {
-                item_block(job, &item, i, &item.block);
+                item_block(job, &item, i, block_count(&item), &item.block);
                 item_join(job, &item, i == 0, item.block.m, item.block.l, item.block.o);
             }
             item_end(job, &item);
@@ -320,7 +325,7 @@ static void window_task(void *context, int thread) {
     const int end = (int)cpu_range_begin(count, thread + 1, threads);
     for (int i = (int)cpu_range_begin(count, thread, threads); i < end; i++) {
         triple_at(kv, kv->partial + (size_t)i * triple_floats(kv), &block.m, &block.l, &block.o);
-        item_block(job, job->shared, job->window_begin + i, &block);
+        item_block(job, job->shared, job->window_begin + i, job->window_begin + end, &block);
     }
 }
 

@@ -47,8 +47,10 @@ struct attention_block {
     float scale;        /* 1 / sqrt(hd) */
     const float *q;     /* [heads][dim_stride], rounded if the keys are bf16, zero beyond hd */
     const bf16 *q_bf16; /* the same as bf16: use vdpbf16ps for the scores; NULL: fma */
-    float *score;       /* [8][64] scratch */
-    float *m, *l, *o;   /* out: [heads], [heads], [heads][dim_stride] */
+    const unsigned char *next; /* the block that comes after this one, to prefetch; or NULL */
+    size_t next_bytes;
+    float *score;     /* [8][64] scratch */
+    float *m, *l, *o; /* out: [heads], [heads], [heads][dim_stride] */
 };
 
 /* A row of the embedding mixture, columns [k_begin, k_end). */

@@ -221,6 +221,10 @@ static void block_scores(const struct attention_block *b) {
 /* o[h .. h + heads) [d .. d + count vectors) = sum over visible tokens of p[h][t] value_t. */
 INLINE void values_tile(const struct attention_block *b, const bool f32, const int heads,
                         const int count, int h, int d) {
+    /* The first tile asks for the next block, a share with each token: pages lie anywhere in memory, so
+     * the hardware cannot guess it, and asking for 16 KiB at once would stall. */
+    const unsigned char *next = h == 0 && d == 0 ? b->next : NULL;
+    const size_t share = b->next_bytes / KV_BLOCK_TOKENS;
     const float *p = b->score + h * KV_BLOCK_TOKENS;
     vec sum[VALUE_HEADS][2];
 #pragma GCC unroll 4
@@ -228,6 +232,10 @@ INLINE void values_tile(const struct attention_block *b, const bool f32, const i
 #pragma GCC unroll 2
         for (int v = 0; v < count; v++) sum[i][v] = vec_zero();
     for (int t = 0; t < b->visible; t++) {
+        if (next) {
+            for (size_t line = 0; line < share; line += 64) __builtin_prefetch(next + line);
+            next += share;
+        }
         vec value[2];
 #pragma GCC unroll 2
         for (int v = 0; v < count; v++) {
