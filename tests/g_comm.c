@@ -333,7 +333,7 @@ static void test_late_ranks(void) {
  * barrier. */
 static void test_many(void) {
     use_path(COMM_AUTO);
-    const int rounds = size <= 4 ? 20000 : 5000;
+    const int rounds = 5000;
     size_t wrong = 0;
     for (int i = 0; i < rounds; i++) {
         float *slot = comm_slot(c);
