@@ -165,7 +165,14 @@ static enum status encode(const struct body_facts *facts, struct body *b, const 
     uint32_t *ids = NULL;
     size_t count = 0;
     TRY(tokenizer_encode(facts->tokenizer, text, n, add_special, &ids, &count));
-    const enum status status = keep_ids(b, ids, count);
+    enum status status = STATUS_OK;
+    for (size_t i = 0; i < count && status == STATUS_OK; i++) {
+        if (ids[i] < (uint32_t)facts->vocab_count) continue;
+        status = fail_param(STATUS_REQUEST, b->chat ? "messages" : "prompt", NULL,
+                            "the text has token id %u, which has no row in the model's embedding",
+                            ids[i]);
+    }
+    if (status == STATUS_OK) status = keep_ids(b, ids, count);
     free(ids);
     return status;
 }
@@ -445,18 +452,32 @@ static enum status read_fields(const struct body_facts *facts, struct body *b) {
     return body_think_block(facts, b);
 }
 
+static void body_init(struct body *b) {
+    *b = (struct body){.skip_special = true,
+                       .include_reasoning = true,
+                       .separate_reasoning = true,
+                       .stream_reasoning = true};
+    arena_init(&b->memory, BODY_MEMORY_MAX);
+}
+
+static enum status read_root(const struct body_facts *facts, struct body *b) {
+    if (!json_is_object(b->root)) return fail(STATUS_REQUEST, "a request must be a JSON object");
+    b->custom_id = json_object_get(b->root, "custom_id");
+    warn_unknown(b->root);
+    return read_fields(facts, b);
+}
+
 enum status body_parse(const struct body_facts *facts, const char *text, size_t n,
                        struct body *out) {
-    *out = (struct body){.skip_special = true,
-                         .include_reasoning = true,
-                         .separate_reasoning = true,
-                         .stream_reasoning = true};
-    arena_init(&out->memory, BODY_MEMORY_MAX);
+    body_init(out);
     TRY(json_load_text(text, n, STATUS_REQUEST, &out->root));
-    if (!json_is_object(out->root)) return fail(STATUS_REQUEST, "a request must be a JSON object");
-    out->custom_id = json_object_get(out->root, "custom_id");
-    warn_unknown(out->root);
-    return read_fields(facts, out);
+    return read_root(facts, out);
+}
+
+enum status body_parse_tree(const struct body_facts *facts, json_t *root, struct body *out) {
+    body_init(out);
+    out->root = root;
+    return read_root(facts, out);
 }
 
 void body_fini(struct body *b) {

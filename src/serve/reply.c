@@ -15,7 +15,8 @@ struct reply {
     struct json_writer thinking, answer; /* plain bytes, not JSON */
     struct json_writer held;             /* thinking that waits for its end (stream_reasoning) */
     struct request_usage usage;
-    double entropy_sum;
+    int64_t thinking_steps;
+    double entropy_sum; /* over them */
     enum think_end end;
     enum finish finish;
     bool loop_break;
@@ -159,13 +160,22 @@ static void show_text(reply *r, struct stream_delta *delta, bool thinking_over) 
     json_write_bytes(&r->answer, delta->answer, delta->answer_n);
 }
 
+/* Thinking done once for several choices is counted once, with the first. */
+static bool thinking_is_shared(const reply *r) {
+    const struct request *q = &r->body->request;
+    return q->share_thinking && r->choice % q->choices > 0;
+}
+
 enum status reply_step(reply *r, const struct engine_event *e, struct stream_delta *delta) {
     const struct think_decision *d = e->decision;
     const bool thinking = d->phase == PHASE_THINKING;
     *delta = (struct stream_delta){.stop_index = -1};
-    r->usage.completion_tokens++;
-    r->usage.reasoning_tokens += thinking;
-    r->usage.soft_steps += d->soft;
+    if (!thinking || !thinking_is_shared(r)) {
+        r->usage.completion_tokens++;
+        r->usage.reasoning_tokens += thinking;
+        r->usage.soft_steps += d->soft;
+    }
+    r->thinking_steps += thinking;
     if (thinking) r->entropy_sum += (double)d->entropy;
     if (d->end != END_NONE) r->end = d->end;
     json_write_int(&r->ids, d->trace_id);
@@ -177,7 +187,7 @@ enum status reply_step(reply *r, const struct engine_event *e, struct stream_del
     }
     if (ends_reply(r, d)) return STATUS_OK;
     TRY(stream_push(r->stream, d->trace_id, thinking, d->marker, delta));
-    const bool thought = r->usage.reasoning_tokens > 0;
+    const bool thought = r->thinking_steps > 0;
     show_text(r, delta, thought && (!thinking || (d->marker && d->end != END_NONE)));
     if (delta->stopped) r->stop_index = delta->stop_index;
     return STATUS_OK;
@@ -191,6 +201,7 @@ enum status reply_finish(reply *r, const struct engine_event *e, struct stream_d
         r->finish = FINISH_REASON_STOP;
         return STATUS_OK;
     }
+    r->usage = e->usage; /* the same counts, and exact about what was shared */
     r->finish = e->finish;
     r->end = e->thinking_end;
     r->loop_break = e->loop_break;
@@ -202,7 +213,7 @@ enum status reply_finish(reply *r, const struct engine_event *e, struct stream_d
 }
 
 void reply_summarise(const reply *r, struct reply_summary *out) {
-    const double n = (double)r->usage.reasoning_tokens;
+    const double n = (double)r->thinking_steps;
     *out = (struct reply_summary){.usage = r->usage,
                                   .finish = r->finish,
                                   .end = r->end,
