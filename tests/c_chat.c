@@ -2,6 +2,7 @@
  * DeepSeek-R1 and Llama 3.1 the formats their model cards print. */
 #include <errno.h>
 #include <signal.h>
+#include <sys/prctl.h>
 #include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
@@ -173,6 +174,8 @@ static void test_builtin_formats(void) {
                  "Assistant" BAR "><think>\n");
     char *prompt;
     size_t n;
+    /* it cuts past thinking, so it cannot continue this message */
+    CHECK_EQ(chat_render(c, "[" A "]", false, true, NULL, &prompt, &n), STATUS_REQUEST);
     CHECK_EQ(
         chat_render(c, "[{\"role\":\"tool\",\"content\":\"1\"}]", true, false, NULL, &prompt, &n),
         STATUS_REQUEST);
@@ -297,6 +300,49 @@ static void test_stop(void) {
     CHECK_EQ(child_count(), 0); /* nothing is left, not even a zombie */
 }
 
+/* A process with a helper that is in the middle of an endless render is killed: the helper must end too. Orphans
+ * come to us as the nearest subreaper. */
+static void test_killed_parent(void) {
+    if (helper == NULL) return;
+    int ready[2];
+    char byte;
+    CHECK_EQ(prctl(PR_SET_CHILD_SUBREAPER, 1), 0);
+    CHECK_EQ(pipe(ready), 0);
+    fflush(NULL);
+    const pid_t child = fork();
+    if (child == 0) {
+        chat_helper *own = NULL;
+        chat *c = NULL;
+        char *prompt;
+        size_t n;
+        if (chat_helper_start(&own) != STATUS_OK || own == NULL) _exit(1);
+        if (chat_open(
+                own,
+                "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+                NULL, NULL, NULL, &c) != STATUS_OK ||
+            write(ready[1], "x", 1) != 1)
+            _exit(1);
+        chat_render(c, "[]", false, false, NULL, &prompt, &n);
+        _exit(0);
+    }
+    close(ready[1]);
+    CHECK_EQ(read(ready[0], &byte, 1), 1);
+    close(ready[0]);
+    usleep(200 * 1000); /* into the render */
+    kill(child, SIGKILL);
+    CHECK_EQ(waitpid(child, NULL, 0), child);
+    const double start = seconds();
+    pid_t orphan = 0;
+    while (seconds() - start < 4) { /* its CPU limit would end it only after 6 */
+        const pid_t pid = waitpid(-1, NULL, WNOHANG);
+        if (pid > 0) orphan = pid;
+        if (pid > 0) break;
+        usleep(20 * 1000);
+    }
+    CU_ASSERT(orphan > 0);
+    prctl(PR_SET_CHILD_SUBREAPER, 0);
+}
+
 static void test_no_python(void) {
     char *path = strdup(getenv("PATH"));
     chat_helper *none = (chat_helper *)path;
@@ -315,6 +361,7 @@ const struct suite_case suite_cases[] = {
     {"details that a template's text carries", test_builtin_details},
     {"what templates find", test_environment},
     {"hostile templates", test_hostile},
+    {"the helper of a killed process ends", test_killed_parent},
     {"the helper is gone after stop", test_stop},
     {"no python3", test_no_python},
     {NULL, NULL},

@@ -303,15 +303,19 @@ static enum status read_message(const json_t *object, size_t index, struct messa
     return STATUS_OK;
 }
 
-/* Cuts the prompt where the final message's content ends. */
-static enum status cut_at_tag(struct text_buffer *out) {
+/* Cuts the prompt where the final message's content ends. A format that drops part of the content (a past
+ * <think>...</think>) cannot be continued: the model would not see what it said. */
+static enum status cut_at_tag(struct text_buffer *out, struct slice content) {
     const size_t tag_n = sizeof CONTINUE_TAG - 1;
     const struct slice all = {out->bytes, out->n};
     char word[sizeof CONTINUE_TAG];
     memcpy(word, CONTINUE_TAG, sizeof word);
     word[tag_n - 1] = '\0'; /* without its space */
     const size_t at = find_text(all, word, true);
-    if (at == all.n)
+    content = strip(content);
+    const bool whole_content =
+        content.n == 0 || memmem(all.bytes, all.n, content.bytes, content.n) != NULL;
+    if (at == all.n || !whole_content)
         return fail(STATUS_REQUEST, "the chat format drops the message to be continued");
     const bool whole = all.n - at >= tag_n && all.bytes[at + tag_n - 1] == ' ';
     out->n = whole ? at : strip_right((struct slice){all.bytes, at}).n;
@@ -354,7 +358,10 @@ enum status chat_builtin_render(const struct chat_style *style, const json_t *me
         case CHAT_NONE:
             ASSERT(false);
     }
-    if (continue_final_message) TRY_GOTO(cut_at_tag(out), out);
+    if (continue_final_message) {
+        const struct slice content = {tagged.bytes, tagged.n - (sizeof CONTINUE_TAG - 1)};
+        TRY_GOTO(cut_at_tag(out, content), out);
+    }
 out:
     free(m);
     free(tagged.bytes);

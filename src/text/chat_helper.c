@@ -4,8 +4,8 @@
  *
  * A template is a program from a model file: it may loop, grow or try to escape. So it runs in a process of
  * its own, in Python's jinja2 sandbox, under resource limits, with a deadline for every answer; past it the
- * process is killed and the next request starts a new one. It inherits no descriptor but the socket, ends
- * on end of file when we die in any way (or by its CPU limit if it is busy then), and is reaped here.
+ * process is killed and the next request starts a new one. It inherits no descriptor but the socket, and a
+ * thread of it watches that: when we die in whatever way, it ends at once, even in the middle of a render.
  * A socket, not pipes, because writing to a dead pipe would raise SIGPIPE. One thread at a time.
  */
 #include "text/chat_helper.h"

@@ -15,7 +15,7 @@
 #define SFUMATO_TEXT_CHAT_HELPER_PY_H
 
 static const char CHAT_HELPER_PY[] =
-    "import datetime, json, resource, sys, time\n"
+    "import datetime, json, os, resource, select, sys, threading, time\n"
     "try:\n"
     "    import jinja2, jinja2.debug, jinja2.ext, jinja2.nodes, jinja2.sandbox\n"
     "    # what compiling and filters import when first used: later no file can be opened\n"
@@ -112,6 +112,13 @@ static const char CHAT_HELPER_PY[] =
     "        resource.setrlimit(getattr(resource, 'RLIMIT_' + name), (value, value))\n"
     "except (OSError, ValueError):\n"
     "    sys.exit(4)\n"
+    "\n"
+    "def leave_with_parent():\n"
+    "    watch = select.poll()\n"
+    "    watch.register(0, select.POLLRDHUP)\n"
+    "    watch.poll()\n"
+    "    os._exit(0)\n"
+    "threading.Thread(target=leave_with_parent, daemon=True).start()\n"
     "\n"
     "source, sink = sys.stdin.buffer, sys.stdout.buffer\n"
     "def put(value):\n"
