@@ -1,5 +1,6 @@
-/* Chat templates. Expected prompts: transformers' apply_chat_template (tests/data/golden/chat.jsonl), and for
- * DeepSeek-R1 and Llama 3.1 the formats their model cards print. */
+/* Chat templates. Expected prompts: transformers' apply_chat_template
+ * (tests/data/golden/chat.jsonl), and for DeepSeek-R1 and Llama 3.1 the formats their model cards
+ * print. */
 #include <errno.h>
 #include <signal.h>
 #include <sys/prctl.h>
@@ -54,7 +55,7 @@ static double seconds(void) {
     return (double)t.tv_sec + (double)t.tv_nsec * 1e-9;
 }
 
-/* --- golden prompts -------------------------------------------------------------------------------- */
+/* --- golden prompts -------------------------------------------------------------------------- */
 
 static chat *chats[TEXT_TOKENIZER_COUNT];
 static int compared;
@@ -126,7 +127,7 @@ static void test_builtin_golden(void) {
               strstr(fail_text(), "--chat-template") != NULL);
 }
 
-/* --- built-in formats by name ------------------------------------------------------------------------ */
+/* --- built-in formats by name ---------------------------------------------------------------- */
 
 static void check_render(chat *c, const char *messages, bool generate, bool continue_final,
                          const char *want) {
@@ -220,7 +221,7 @@ static void test_builtin_details(void) {
     chat_close(c);
 }
 
-/* --- the helper: what templates may do, and what they may not ------------------------------------------ */
+/* --- the helper: what templates may do, and what they may not -------------------------------- */
 
 static void check_template(const char *text, const char *want) {
     chat *c = NULL;
@@ -300,8 +301,8 @@ static void test_stop(void) {
     CHECK_EQ(child_count(), 0); /* nothing is left, not even a zombie */
 }
 
-/* A process with a helper that is in the middle of an endless render is killed: the helper must end too. Orphans
- * come to us as the nearest subreaper. */
+/* A process with a helper that is in the middle of an endless render is killed: the helper must end
+ * too. Orphans come to us as the nearest subreaper. */
 static void test_killed_parent(void) {
     if (helper == NULL) return;
     int ready[2];

@@ -1,5 +1,5 @@
-/* The text of a growing reply (serving.md §4.2, rules 3-6) against a slow and simple version of the same rules
- * that sees the whole reply at once. */
+/* The text of a growing reply (serving.md §4.2, rules 3-6) against a slow and simple version of the
+ * same rules that sees the whole reply at once. */
 #include "c_text.h"
 #include "text/stream.h"
 #include "text/utf8.h"
@@ -34,7 +34,7 @@ static void free_reply(struct reply *r) {
     free(r->answer.bytes);
 }
 
-/* --- the simple version --------------------------------------------------------------------------- */
+/* --- the simple version ---------------------------------------------------------------------- */
 
 static bool is_newline(char c) { return c == '\n' || c == '\r'; }
 
@@ -46,7 +46,8 @@ static void trim(struct text_buffer *b, bool left, bool right) {
     b->n -= skip;
 }
 
-/* The end of the stop that is complete first (the longest of those), looking only inside [from, n). */
+/* The end of the stop that is complete first (the longest of those), looking only inside [from, n).
+ */
 static bool find_stop(const struct stream_options *o, const struct text_buffer *b, size_t from,
                       size_t *end, int *index) {
     for (size_t e = from + 1; e <= b->n; e++) {
@@ -99,7 +100,7 @@ static struct reply simple_reply(const tokenizer *t, const struct stream_options
     return r;
 }
 
-/* --- the stream ------------------------------------------------------------------------------------ */
+/* --- the stream ------------------------------------------------------------------------------ */
 
 /* Is every delta whole characters? Is nothing shown that a stop could still take back? */
 static void take_delta(struct reply *r, const struct stream_delta *d) {
@@ -135,9 +136,10 @@ static void check_text(const char *what, const struct text_buffer *got, const ch
     CU_ASSERT(same);
 }
 
-/* --- by hand --------------------------------------------------------------------------------------- */
+/* --- by hand --------------------------------------------------------------------------------- */
 
-/* Text as ids of the small tokenizer; "<think>" and "</think>" become markers that change the phase. */
+/* Text as ids of the small tokenizer; "<think>" and "</think>" become markers that change the
+ * phase. */
 static int make_steps(const char *text, bool thinking, struct step *steps) {
     uint32_t *ids = NULL;
     size_t count = 0;
@@ -250,7 +252,7 @@ static void test_options(void) {
     stream_close(s);
 }
 
-/* --- fuzz: 1,000 random sequences of ids ------------------------------------------------------------- */
+/* --- fuzz: 1,000 random sequences of ids ----------------------------------------------------- */
 
 static void fuzz_one(uint64_t seed) {
     enum { STEPS_MAX = 80 };
@@ -301,7 +303,8 @@ static void test_fuzz(void) {
     for (uint64_t seed = 0; seed < 1000; seed++) fuzz_one(seed);
 }
 
-/* Without stops and phases a streamed reply is exactly what decode gives (tested against Hugging Face). */
+/* Without stops and phases a streamed reply is exactly what decode gives (tested against Hugging
+ * Face). */
 static void test_same_as_decode(void) {
     for (uint64_t seed = 5000; seed < 5200; seed++) {
         struct step steps[60];

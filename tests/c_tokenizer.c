@@ -1,5 +1,6 @@
-/* Text <-> ids. Expected values: Hugging Face tokenizers (tests/data/golden, made by tests/reference), the Unicode
- * standard's example of broken UTF-8, and the examples in the documentation of `tokenizers`. */
+/* Text <-> ids. Expected values: Hugging Face tokenizers (tests/data/golden, made by
+ * tests/reference), the Unicode standard's example of broken UTF-8, and the examples in the
+ * documentation of `tokenizers`. */
 #include <pthread.h>
 #include <time.h>
 
@@ -25,7 +26,7 @@ void suite_teardown(void) {
     for (int i = 0; i < TEXT_TOKENIZER_COUNT; i++) tokenizer_close(tokenizers[i]);
 }
 
-/* --- UTF-8 and the byte-level alphabet ------------------------------------------------------------ */
+/* --- UTF-8 and the byte-level alphabet ------------------------------------------------------- */
 
 static void check_lossy(const char *bytes, size_t n, const char *want) {
     struct text_buffer b = {0};
@@ -86,7 +87,7 @@ static void test_alphabet(void) {
     CHECK_EQ(count, 256);
 }
 
-/* --- splitting and added tokens: the documentation's examples ------------------------------------- */
+/* --- splitting and added tokens: the documentation's examples -------------------------------- */
 
 struct pieces {
     char text[256];
@@ -149,7 +150,7 @@ static void test_added(void) {
     check_added((struct added_token){.text = "ab", .n = 2, .id = 1}, "abaab", "{ab}|a|{ab}|");
 }
 
-/* --- golden vectors ------------------------------------------------------------------------------ */
+/* --- golden vectors -------------------------------------------------------------------------- */
 
 static void check_encode(const tokenizer *t, const char *what, const json_t *text, bool special,
                          const json_t *want) {
@@ -211,7 +212,8 @@ static void test_golden_decode(void) {
     CU_ASSERT(lines > 100);
 }
 
-/* The small tokenizer.json with one variation applied, as tests/reference/make_tokenizer_options.py does. */
+/* The small tokenizer.json with one variation applied, as tests/reference/make_tokenizer_options.py
+ * does. */
 static json_t *vary(const json_t *change) {
     size_t n;
     char *bytes = text_read(text_files[TEXT_SMALL].json, &n);
@@ -275,11 +277,12 @@ static void test_options(void) {
     CU_ASSERT(lines > 50);
 }
 
-/* --- GGUF arrays: the same ids from vocabulary, merges and a pre-tokenizer's name ------------------- */
+/* --- GGUF arrays: the same ids from vocabulary, merges and a pre-tokenizer's name ------------ */
 
 static tokenizer *parts_tokenizer;
 
-/* What a converter writes into a GGUF file for this tokenizer.json: also 100 padding tokens at the end. */
+/* What a converter writes into a GGUF file for this tokenizer.json: also 100 padding tokens at the
+ * end. */
 static tokenizer *open_as_parts(int index, const char *pre, int bos, bool add_bos) {
     enum { PADDING = 100 };
     size_t n;
@@ -404,7 +407,7 @@ static void test_parts_refused(void) {
     CU_ASSERT(strstr(fail_text(), "\"llama\"") != NULL);
 }
 
-/* --- accessors, long pieces, bad input ------------------------------------------------------------ */
+/* --- accessors, long pieces, bad input ------------------------------------------------------- */
 
 static void test_accessors(void) {
     const tokenizer *qwen = tokenizers[1], *small = tokenizers[TEXT_SMALL], *llama = tokenizers[0];
@@ -426,6 +429,36 @@ static void test_accessors(void) {
     CHECK_EQ(tokenizer_piece(qwen, 151668).n, 8);
     CHECK_EQ(tokenizer_piece(llama, 9906).n, 5);
     CHECK_EQ(tokenizer_piece(llama, 22691).bytes[0], ' ');
+}
+
+/* tokenizer_config.json: begin and end as text or as objects; added tokens that tokenizer.json
+ * lacks. */
+static void test_config(void) {
+    static const char config[] =
+        "{\"model_max_length\":1000000000000000019884624838656,\"bos_token\":{\"content\":\"<|user|"
+        ">\"},"
+        "\"eos_token\":\"<new>\",\"added_tokens_decoder\":{\"4\":{\"content\":\"<think>\","
+        "\"special\":true},"
+        "\"768\":{\"content\":\"<new>\",\"special\":true,\"normalized\":false}}}";
+    size_t n;
+    char *json = text_read(text_files[TEXT_SMALL].json, &n);
+    tokenizer *t = NULL;
+    uint32_t *ids;
+    size_t count;
+    CHECK_EQ(tokenizer_open_json(json, n, config, sizeof config - 1, &t), STATUS_OK);
+    CHECK_EQ(tokenizer_bos(t), 1);
+    CHECK_EQ(tokenizer_eos(t), 768);
+    CHECK_EQ(tokenizer_vocab_count(t), 769);
+    CU_ASSERT(tokenizer_is_special(t, 768));
+    CHECK_EQ(tokenizer_encode(t, "a<new><think>", 13, false, &ids, &count), STATUS_OK);
+    CHECK_EQ(count, 3);
+    CHECK_EQ(ids[1], 768);
+    CHECK_EQ(ids[2], 4);
+    free(ids);
+    tokenizer_close(t);
+    CHECK_EQ(tokenizer_open_json(json, n, "{", 1, &t), STATUS_MODEL);
+    CU_ASSERT(strstr(fail_text(), "tokenizer_config.json") != NULL);
+    free(json);
 }
 
 static double seconds(void) {
@@ -600,6 +633,7 @@ const struct suite_case suite_cases[] = {
     {"the same ids from a GGUF file's arrays", test_parts},
     {"GGUF arrays that are refused", test_parts_refused},
     {"accessors", test_accessors},
+    {"tokenizer_config.json", test_config},
     {"long pieces in n log n", test_long_pieces},
     {"bad text", test_bad_text},
     {"what is not supported is refused by name", test_refused},

@@ -84,8 +84,7 @@ enum status id_list_add(struct id_list *l, uint32_t id) {
     return STATUS_OK;
 }
 
-/* --- vocabulary and merges ----------------------------------------------------------------------
- */
+/* --- vocabulary and merges ------------------------------------------------------------------- */
 
 int bpe_find(const bpe *b, const char *text, size_t n) {
     for (size_t i = hash_bytes(text, n) & b->slot_mask; b->slots[i] != 0;
@@ -171,8 +170,7 @@ void bpe_free(bpe *b) {
     free(b);
 }
 
-/* --- scratch ------------------------------------------------------------------------------------
- */
+/* --- scratch --------------------------------------------------------------------------------- */
 
 void bpe_scratch_free(struct bpe_scratch *s) {
     free(s->symbols);
@@ -234,8 +232,7 @@ static uint64_t heap_pop(uint64_t *heap, size_t *count) {
     return top;
 }
 
-/* --- one piece ----------------------------------------------------------------------------------
- */
+/* --- one piece ------------------------------------------------------------------------------- */
 
 /* Symbols of a piece: one a character, or what byte_fallback and unk make of a character without
  * token. */

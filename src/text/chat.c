@@ -1,4 +1,5 @@
-/* chat.c: one model's chat template, rendered by the helper process or by a built-in format. See chat.h. */
+/* chat.c: one model's chat template, rendered by the helper process or by a built-in format. See
+ * chat.h. */
 #include "text/chat.h"
 
 #include <jansson.h>

@@ -14,8 +14,9 @@
     "<\xEF\xBD\x9C"  \
     "end\xE2\x96\x81of\xE2\x96\x81sentence\xEF\xBD\x9C>"
 
-/* Stands behind the content of the message to be continued while it is rendered (as in transformers): where
- * it comes out, the prompt is cut. The space tells whether the format trimmed the content. */
+/* Stands behind the content of the message to be continued while it is rendered (as in
+ * transformers): where it comes out, the prompt is cut. The space tells whether the format trimmed
+ * the content. */
 static const char CONTINUE_TAG[] = "CONTINUE_FINAL_MESSAGE_TAG ";
 
 struct message {
@@ -57,8 +58,8 @@ enum chat_format chat_builtin_recognize(const char *template_text) {
     return CHAT_NONE;
 }
 
-/* '<|im_start|>system\nYou are ...<|im_end|>' as one literal of the template is its default system prompt.
- * The newline is a real one or the two characters "\n". */
+/* '<|im_start|>system\nYou are ...<|im_end|>' as one literal of the template is its default system
+ * prompt. The newline is a real one or the two characters "\n". */
 static enum status find_default_system(const char *template_text, struct text_buffer *out) {
     static const char open[] = "<|im_start|>system", close[] = "<|im_end|>";
     for (const char *at = template_text; (at = strstr(at, open)) != NULL;) {
@@ -89,7 +90,7 @@ enum status chat_style_init(struct chat_style *style, enum chat_format format,
 
 void chat_style_fini(struct chat_style *style) { free(style->default_system.bytes); }
 
-/* --- text helpers ------------------------------------------------------------------------------- */
+/* --- text helpers ---------------------------------------------------------------------------- */
 
 static enum status add(struct text_buffer *out, const char *text) {
     return text_add(out, text, strlen(text));
@@ -159,7 +160,7 @@ static struct slice before_think(struct slice s) {
     return (struct slice){s.bytes + at + 7, s.n - at - 7};
 }
 
-/* --- the formats -------------------------------------------------------------------------------- */
+/* --- the formats ----------------------------------------------------------------------------- */
 
 static bool is_role(const struct message *m, const char *role) {
     return strcmp(m->role, role) == 0;
@@ -274,7 +275,7 @@ static enum status render_deepseek(const struct chat_style *style, const struct 
     return style->open_think ? add(out, "<think>\n") : STATUS_OK;
 }
 
-/* --- messages in, prompt out --------------------------------------------------------------------- */
+/* --- messages in, prompt out ----------------------------------------------------------------- */
 
 static enum status read_message(const json_t *object, size_t index, struct message *m) {
     const json_t *role = json_object_get(object, "role"),
@@ -303,8 +304,8 @@ static enum status read_message(const json_t *object, size_t index, struct messa
     return STATUS_OK;
 }
 
-/* Cuts the prompt where the final message's content ends. A format that drops part of the content (a past
- * <think>...</think>) cannot be continued: the model would not see what it said. */
+/* Cuts the prompt where the final message's content ends. A format that drops part of the content
+ * (a past <think>...</think>) cannot be continued: the model would not see what it said. */
 static enum status cut_at_tag(struct text_buffer *out, struct slice content) {
     const size_t tag_n = sizeof CONTINUE_TAG - 1;
     const struct slice all = {out->bytes, out->n};

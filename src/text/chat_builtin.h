@@ -1,9 +1,10 @@
-/* chat_builtin.h: three chat formats written in C, for machines without Python. Private to src/text.
+/* chat_builtin.h: three chat formats written in C, for machines without Python. Private to
+ * src/text.
  *
- * Each gives, for system, user and assistant messages with text, exactly what the model's own template gives.
- * Models of one format differ in details; those that can be read off the model's template are taken from it:
- * Qwen's and SmolLM's default system prompts, Qwen3's handling of past thinking, Llama 3.1's date header,
- * whether DeepSeek-R1 opens <think>.
+ * Each gives, for system, user and assistant messages with text, exactly what the model's own
+ * template gives. Models of one format differ in details; those that can be read off the model's
+ * template are taken from it: Qwen's and SmolLM's default system prompts, Qwen3's handling of past
+ * thinking, Llama 3.1's date header, whether DeepSeek-R1 opens <think>.
  */
 #ifndef SFUMATO_TEXT_CHAT_BUILTIN_H
 #define SFUMATO_TEXT_CHAT_BUILTIN_H

@@ -2,11 +2,12 @@
  *
  *   rank 0 ── socket pair ── python3 -I -c CHAT_HELPER_PY     (one JSON object a line, in turn)
  *
- * A template is a program from a model file: it may loop, grow or try to escape. So it runs in a process of
- * its own, in Python's jinja2 sandbox, under resource limits, with a deadline for every answer; past it the
- * process is killed and the next request starts a new one. It inherits no descriptor but the socket, and a
- * thread of it watches that: when we die in whatever way, it ends at once, even in the middle of a render.
- * A socket, not pipes, because writing to a dead pipe would raise SIGPIPE. One thread at a time.
+ * A template is a program from a model file: it may loop, grow or try to escape. So it runs in a
+ * process of its own, in Python's jinja2 sandbox, under resource limits, with a deadline for every
+ * answer; past it the process is killed and the next request starts a new one. It inherits no
+ * descriptor but the socket, and a thread of it watches that: when we die in whatever way, it ends
+ * at once, even in the middle of a render. A socket, not pipes, because writing to a dead pipe
+ * would raise SIGPIPE. One thread at a time.
  */
 #include "text/chat_helper.h"
 
@@ -87,7 +88,7 @@ static int spawn_python(pid_t *pid, int child_fd) {
     return rc;
 }
 
-/* --- lines in and out, before a deadline --------------------------------------------------------- */
+/* --- lines in and out, before a deadline ----------------------------------------------------- */
 
 /* False: time is up or the socket failed. */
 static bool wait_for(int fd, short events, long long deadline_ms) {
@@ -130,7 +131,7 @@ static bool get_line(int fd, struct text_buffer *line, long long deadline_ms) {
     }
 }
 
-/* --- start, ask, stop --------------------------------------------------------------------------- */
+/* --- start, ask, stop ------------------------------------------------------------------------ */
 
 /* False: no python3, no jinja2, or it did not come up. */
 static bool helper_spawn(chat_helper *h) {

@@ -4,12 +4,14 @@
  *   {"template", "check": true}                                            -> {}
  *   {"template", "messages", "add_generation_prompt", "continue_final_message", "variables"}
  *                                                                          -> {"text": "..."}
- * or {"error": "...", "kind": "syntax" | "render"}. First line out: {"ready": "<jinja2's version>"}.
+ * or {"error": "...", "kind": "syntax" | "render"}. First line out: {"ready": "<jinja2's
+ * version>"}.
  *
  * The environment is what transformers' apply_chat_template gives to templates: immutable sandbox,
- * trim_blocks, lstrip_blocks, loop controls, {% generation %}, tojson without HTML escapes, raise_exception,
- * strftime_now. The sandbox does not bound time, memory or its own bugs; the limits set here do: CPU
- * seconds a render, address space, no new files (which also means no exec of anything that needs a library).
+ * trim_blocks, lstrip_blocks, loop controls, {% generation %}, tojson without HTML escapes,
+ * raise_exception, strftime_now. The sandbox does not bound time, memory or its own bugs; the
+ * limits set here do: CPU seconds a render, address space, no new files (which also means no exec
+ * of anything that needs a library).
  */
 #ifndef SFUMATO_TEXT_CHAT_HELPER_PY_H
 #define SFUMATO_TEXT_CHAT_HELPER_PY_H

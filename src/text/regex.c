@@ -29,8 +29,7 @@ struct regex_match {
     pcre2_jit_stack *stack;
 };
 
-/* --- Oniguruma -> PCRE2 -------------------------------------------------------------------------
- */
+/* --- Oniguruma -> PCRE2 ---------------------------------------------------------------------- */
 
 /* White_Space and its complement, to stand inside a class. PCRE2's own \s has U+180E, which Unicode
  * took out of White_Space. */
@@ -72,7 +71,8 @@ static bool property_exists(const char *name) {
     return code != NULL;
 }
 
-/* New characters of a property: of all general categories that its name is a beginning of ("L" -> "Lu", ...). */
+/* New characters of a property: of all general categories that its name is a beginning of ("L" ->
+ * "Lu", ...). */
 static enum status add_new_characters(struct translation *t, const char *name) {
     static const struct {
         const char *name, *ranges;
@@ -108,8 +108,8 @@ static enum status translate_property(struct translation *t, char letter) {
             return refuse("a strange \\p{name}");
     const bool is_script = strlen(plain) > 2 && property_exists(script);
     const bool is_category = strlen(plain) <= 2 && property_exists(plain);
-    if (!is_script &&
-        !is_category) { /* other properties differ between the two in many characters */
+    if (!is_script && !is_category) {
+        /* Alphabetic, Emoji and the like differ between the two in many characters. */
         char what[80];
         snprintf(what, sizeof what, "the property \\p{%s}", plain);
         return refuse(what);
@@ -140,6 +140,31 @@ static enum status add_set(struct translation *t, const char *set, bool negated)
         TRY(add_new_characters(t, "Nd"));
     }
     return t->in_class ? STATUS_OK : add(t, "]");
+}
+
+/* \uHHHH, \x{H...} and \xHH. The last is a byte to Oniguruma, so only ASCII is a character in both.
+ */
+static enum status translate_number(struct translation *t, char letter) {
+    const bool braces = letter == 'x' && t->at < t->n && t->in[t->at] == '{';
+    if (braces) t->at++;
+    const size_t most = letter == 'u' ? 4 : braces ? 6 : 2;
+    uint32_t code = 0;
+    size_t digits = 0;
+    for (; digits < most && t->at < t->n; digits++, t->at++) {
+        const char c = t->in[t->at];
+        if (c >= '0' && c <= '9')
+            code = code * 16 + (uint32_t)(c - '0');
+        else if ((c | 0x20) >= 'a' && (c | 0x20) <= 'f')
+            code = code * 16 + (uint32_t)((c | 0x20) - 'a' + 10);
+        else
+            break;
+    }
+    if (digits == 0 || (letter == 'u' && digits < 4)) return refuse("a number without digits");
+    if (braces && (t->at == t->n || t->in[t->at++] != '}')) return refuse("an unclosed \\x{");
+    if (letter == 'x' && !braces && code >= 0x80) return refuse("\\x80 and above, which are bytes");
+    char text[16];
+    snprintf(text, sizeof text, "\\x{%x}", code);
+    return add(t, text);
 }
 
 static enum status translate_escape(struct translation *t) {
@@ -181,20 +206,15 @@ static enum status translate_escape(struct translation *t) {
         case 'n':
         case 'r':
         case 't':
-        case 'f':
-        case 'v': /* a vertical tab to Oniguruma, a set of them to PCRE2 */
-        case 'x': {
-            if (c == 'v') return add(t, "\\x0b");
+        case 'f': {
             const char text[3] = {'\\', c, '\0'};
             return add(t, text);
         }
-        case 'u': { /* \uHHHH */
-            if (t->n - t->at < 4) return refuse("a short \\u");
-            char text[16];
-            snprintf(text, sizeof text, "\\x{%.4s}", t->in + t->at);
-            t->at += 4;
-            return add(t, text);
-        }
+        case 'v': /* a vertical tab to Oniguruma, a set of them to PCRE2 */
+            return add(t, "\\x0b");
+        case 'x':
+        case 'u':
+            return translate_number(t, c);
         default:
             break;
     }
@@ -281,8 +301,7 @@ static enum status translate(struct translation *t) {
     return STATUS_OK;
 }
 
-/* --- compile and match --------------------------------------------------------------------------
- */
+/* --- compile and match ----------------------------------------------------------------------- */
 
 enum status regex_new(const char *pattern, size_t n, bool literal, regex **out) {
     *out = NULL;
@@ -352,8 +371,8 @@ void regex_match_free(regex_match *m) {
     free(m);
 }
 
-/* Compiled code starts on 32 KB of our own stack, which is nearly always enough; it gets a larger one when it asks,
- * and the interpreter takes over when that is too small as well. */
+/* Compiled code starts on 32 KB of our own stack, which is nearly always enough; it gets a larger
+ * one when it asks, and the interpreter takes over when that is too small as well. */
 static int match_once(const regex *r, regex_match *m, const char *text, size_t n, size_t from) {
     int rc =
         pcre2_match(r->code, (PCRE2_SPTR)text, n, from, PCRE2_NO_UTF_CHECK, m->data, m->context);

@@ -1,8 +1,9 @@
 /* regex_unicode.h: characters that are newer than PCRE2's tables. Private to regex.c.
  *
- * PCRE2 10.42 (Debian 12) knows Unicode 14, Oniguruma in Hugging Face `tokenizers` Unicode 16. What Unicode 15
- * and 16 added to each general category (and to three scripts) stands here in the syntax of a class, so that a
- * pattern cuts new scripts and emoji at the same places. With a newer PCRE2 it says nothing new.
+ * PCRE2 10.42 (Debian 12) knows Unicode 14, Oniguruma in Hugging Face `tokenizers` Unicode 16. What
+ * Unicode 15 and 16 added to each general category (and to three scripts) stands here in the syntax
+ * of a class, so that a pattern cuts new scripts and emoji at the same places. With a newer PCRE2
+ * it says nothing new.
  */
 #ifndef SFUMATO_TEXT_REGEX_UNICODE_H
 #define SFUMATO_TEXT_REGEX_UNICODE_H

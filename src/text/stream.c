@@ -1,11 +1,12 @@
 /* stream.c: see stream.h.
  *
- *   id ─► piece ─► [partial UTF-8] ─► phase? ─┬─ thinking ─► [newlines] ─────────► delta.thinking
- *                                             └─ answer ──► drop newlines once ─► [stop prefix] ─► delta.answer
+ *   id ─► piece ─► [partial UTF-8] ─┬─ thinking ─► [newlines] ─────────────────────► delta.thinking
+ *                                   └─ answer ──► drop newlines once ─► [stop] ──► delta.answer
  *
- * In brackets: what is held back until more is known. Stop strings are found by one Knuth-Morris-Pratt
- * automaton each, a byte at a time, so what matches does not depend on where tokens end: the stop that is
- * complete first wins, of several at the same byte the longest. The sum of held bytes is the largest state.
+ * In brackets: what is held back until more is known. Stop strings are found by one
+ * Knuth-Morris-Pratt automaton each, a byte at a time, so what matches does not depend on where
+ * tokens end: the stop that is complete first wins, of several at the same byte the longest. What
+ * is held back is the largest state.
  */
 #include "text/stream.h"
 
@@ -39,7 +40,7 @@ struct stream {
 
 static bool is_newline(char c) { return c == '\n' || c == '\r'; }
 
-/* --- stop strings ------------------------------------------------------------------------------- */
+/* --- stop strings ---------------------------------------------------------------------------- */
 
 static int stop_advance(const struct stop *p, int state, char c) {
     while (state > 0 && (state == p->n || p->text[state] != c)) state = p->border[state];
@@ -92,7 +93,7 @@ static enum status add_answer_unmatched(stream *s, const char *bytes, size_t n) 
     return STATUS_OK;
 }
 
-/* --- phases ------------------------------------------------------------------------------------- */
+/* --- phases ---------------------------------------------------------------------------------- */
 
 /* Whole characters of the current phase. */
 static enum status add_text(stream *s, const char *text, size_t n) {
@@ -152,7 +153,7 @@ static enum status end_phase(stream *s) {
     return STATUS_OK;
 }
 
-/* --- the interface ------------------------------------------------------------------------------ */
+/* --- the interface --------------------------------------------------------------------------- */
 
 enum status stream_open(const tokenizer *t, const struct stream_options *options, stream **out) {
     *out = NULL;
@@ -213,7 +214,8 @@ static enum status push(stream *s, uint32_t id, bool thinking, bool marker) {
     }
     const struct tokenizer_string piece = tokenizer_piece(s->t, id);
     if (marker) {
-        /* The closing step counts as thinking, the opening one does not (soft-thinking.md §4.10). */
+        /* The closing step counts as thinking, the opening one does not (soft-thinking.md §4.10).
+         */
         if (thinking) s->drop_newlines = true;
         return s->options.raw ? add_answer_unmatched(s, piece.bytes, piece.n) : STATUS_OK;
     }

@@ -1,9 +1,9 @@
 /* stream.h: ids of a growing reply -> text, split into thinking and answer (serving.md §4.2).
  *
- * Owns the held-back bytes of one reply: an incomplete UTF-8 sequence, newlines at the borders of the
- * thinking text (rule 5), the longest suffix that may begin a stop string (rule 6). Phases are told by
- * the caller (from marker ids), never found in text. Pure state machine: no I/O; memory from malloc,
- * bounded by the longest stop string. One owner at a time.
+ * Owns the held-back bytes of one reply: an incomplete UTF-8 sequence, newlines at the borders of
+ * the thinking text (rule 5), the longest suffix that may begin a stop string (rule 6). Phases are
+ * told by the caller (from marker ids), never found in text. Pure state machine: no I/O; memory
+ * from malloc, bounded by the longest stop string. One owner at a time.
  */
 #ifndef SFUMATO_TEXT_STREAM_H
 #define SFUMATO_TEXT_STREAM_H
@@ -21,9 +21,9 @@ enum { STREAM_STOP_COUNT_MAX = 16, STREAM_STOP_BYTES_MAX = 256 };
 struct stream_options {
     const char *const *stops; /* NUL-terminated, borrowed until stream_close */
     int stop_count;
-    bool include_stop;      /* keep the stop string in the answer */
-    bool skip_special;      /* leave special ids out of the text */
-    bool raw;               /* completions: thinking, markers and answer as one text, newlines kept */
+    bool include_stop; /* keep the stop string in the answer */
+    bool skip_special; /* leave special ids out of the text */
+    bool raw;          /* completions: thinking, markers and answer as one text, newlines kept */
 };
 
 /* What one push made visible; borrowed until the next push. Empty strings are n = 0. */
@@ -39,7 +39,8 @@ struct stream_delta {
 enum status stream_open(const tokenizer *t, const struct stream_options *options, stream **out);
 void stream_close(stream *s);
 /* thinking: the step's phase. marker: the step is the open or close marker (no text unless raw). */
-enum status stream_push(stream *s, uint32_t id, bool thinking, bool marker, struct stream_delta *out);
+enum status stream_push(stream *s, uint32_t id, bool thinking, bool marker,
+                        struct stream_delta *out);
 /* Flushes what is held back (incomplete UTF-8 becomes U+FFFD). */
 enum status stream_finish(stream *s, struct stream_delta *out);
 

@@ -126,8 +126,8 @@ static enum status decode_piece(tokenizer *t, const char *text, size_t n,
     return STATUS_OK;
 }
 
-/* Fills what text is searched for, and what the ids of added tokens decode to. A "normalized" token is both
- * found as and decoded to its normalized text. */
+/* Fills what text is searched for, and what the ids of added tokens decode to. A "normalized" token
+ * is both found as and decoded to its normalized text. */
 static enum status finish_entries(tokenizer *t) {
     enum status status = STATUS_OK;
     struct text_buffer text = {0};

@@ -47,6 +47,7 @@ struct tokenizer {
     /* What add_special puts around a text. */
     uint32_t before[FRAME_IDS_MAX], after[FRAME_IDS_MAX];
     int before_count, after_count;
+    bool decodes_bytes; /* tokenizer.json's decoder is ByteLevel: what pieces[] holds */
     int bos, eos;
 };
 

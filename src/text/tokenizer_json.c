@@ -75,8 +75,7 @@ static enum status read_pattern(const json_t *object, const char **text, size_t 
     return STATUS_OK;
 }
 
-/* --- normalizer, pre_tokenizer, post_processor, decoder ------------------------------------------
- */
+/* --- normalizer, pre_tokenizer, post_processor, decoder -------------------------------------- */
 
 static enum status read_normalizer(tokenizer *t, const json_t *object) {
     static const char *const forms[] = {"NFC", "NFD", "NFKC", "NFKD"};
@@ -207,16 +206,17 @@ static enum status read_post_processor(tokenizer *t, const json_t *object) {
     return refuse("post-processor", type_of(object));
 }
 
-/* One ByteLevel makes one string of all tokens; Fuse, which joins strings, then has nothing to do.
- */
+/* ByteLevel makes one string of all tokens; Fuse, which joins strings, then has nothing to do. */
 static enum status read_decoder(tokenizer *t, const json_t *object) {
-    (void)t;
-    if (is_type(object, "ByteLevel") || is_type(object, "Fuse")) return STATUS_OK;
+    if (is_type(object, "ByteLevel") && !t->decodes_bytes) {
+        t->decodes_bytes = true;
+        return STATUS_OK;
+    }
+    if (is_type(object, "Fuse") && t->decodes_bytes) return STATUS_OK;
     return refuse("decoder", type_of(object));
 }
 
-/* --- model --------------------------------------------------------------------------------------
- */
+/* --- model ----------------------------------------------------------------------------------- */
 
 static enum status read_vocab(const json_t *vocab, tokenizer **out) {
     long long last = -1;
@@ -300,8 +300,7 @@ out:
     return status;
 }
 
-/* --- added tokens and the configuration ----------------------------------------------------------
- */
+/* --- added tokens and the configuration ------------------------------------------------------ */
 
 static enum status read_added(tokenizer *t, const json_t *item, long long id) {
     const json_t *content = json_object_get(item, "content");
@@ -384,12 +383,11 @@ enum status tokenizer_open_json(const char *json, size_t n, const char *config_j
              out);
     TRY_GOTO(each(t, json_object_get(root, "post_processor"), "processors", read_post_processor),
              out);
-    const json_t *decoder = json_object_get(root, "decoder");
-    if (!json_is_object(decoder)) {
-        status = refuse("decoder", "null");
+    TRY_GOTO(each(t, json_object_get(root, "decoder"), "decoders", read_decoder), out);
+    if (!t->decodes_bytes) {
+        status = refuse("decoder", "without ByteLevel");
         goto out;
     }
-    TRY_GOTO(each(t, decoder, "decoders", read_decoder), out);
     TRY_GOTO(read_added_tokens(t, json_object_get(root, "added_tokens")), out);
     if (config != NULL) TRY_GOTO(read_config(t, config), out);
     TRY_GOTO(tokenizer_end(t), out);

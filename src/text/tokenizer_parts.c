@@ -1,9 +1,10 @@
 /* tokenizer_parts.c: the arrays of a GGUF file -> tokenizer.
  *
- * A GGUF file holds vocabulary and merges, but of the pre-tokenizer only a name ("tokenizer.ggml.pre"), and
- * nothing of the normalizer. The table below says, for each name we know, what Hugging Face's tokenizer.json of
- * those models has; the reference is Hugging Face, not llama.cpp (which, for one, skips NFC for qwen2).
- * A name that is not in the table is refused: guessing would give slightly wrong ids without a sign.
+ * A GGUF file holds vocabulary and merges, but of the pre-tokenizer only a name
+ * ("tokenizer.ggml.pre"), and nothing of the normalizer. The table below says, for each name we
+ * know, what Hugging Face's tokenizer.json of those models has; the reference is Hugging Face, not
+ * llama.cpp (which, for one, skips NFC for qwen2). A name that is not in the table is refused:
+ * guessing would give slightly wrong ids without a sign.
  */
 #include <string.h>
 

@@ -1,6 +1,7 @@
 /* layer: text */
-/* fuzz_chat.c: a template's text, NUL, messages; the built-in format that the template is recognised as (or the
- * one that its first letter names) renders them. No helper process: what Python does is not ours to fuzz. */
+/* fuzz_chat.c: a template's text, NUL, messages; the built-in format that the template is
+ * recognised as (or the one that its first letter names) renders them. No helper process: what
+ * Python does is not ours to fuzz. */
 #include <stdlib.h>
 #include <string.h>
 

@@ -1,6 +1,7 @@
 /* layer: text */
-/* fuzz_stream.c: up to four stop strings, each ended by a NUL, then steps of two bytes: flags and an id. However
- * the steps fall, every delta is valid UTF-8 and no stop string is left in the answer. */
+/* fuzz_stream.c: up to four stop strings, each ended by a NUL, then steps of two bytes: flags and
+ * an id. However the steps fall, every delta is valid UTF-8 and no stop string is left in the
+ * answer. */
 #include <stdlib.h>
 #include <string.h>
 

@@ -1,6 +1,6 @@
 /* layer: text */
-/* fuzz_tokenizer.c: tokenizer.json, then a NUL and a text for it when there is one. What opens must encode any
- * text to known ids, decode them to valid UTF-8, and give them back one by one. */
+/* fuzz_tokenizer.c: tokenizer.json, then a NUL and a text for it when there is one. What opens must
+ * encode any text to known ids, decode them to valid UTF-8, and give them back one by one. */
 #include <stdlib.h>
 #include <string.h>
 
