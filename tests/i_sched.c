@@ -543,7 +543,16 @@ static void test_prefix_cache(void) {
 
 static void test_choices(void) {
     make_scripts(6, 60, true);
-    check_way(60, &plain_way);
+    const struct engine_counters k = run_scripts(60, &plain_way);
+    check_all(60);
+    int64_t made = 0, prompts = 0;
+    for (int i = 0; i < 60; i++) {
+        prompts += scripts[i].got[0].usage.prompt_tokens;
+        for (int c = 0; c < scripts[i].request.choices; c++)
+            made += scripts[i].got[c].usage.completion_tokens;
+    }
+    CHECK_EQ(k.generated_tokens, made); /* shared steps count once */
+    CHECK_EQ(k.prompt_tokens, prompts);
     check_way(60, &(struct way){3, 32, 4000, 1, false, 0, 0, false});
     check_way(60, &(struct way){4, 32, 16, 1, true, 6, 2, false});
     int shared = 0;

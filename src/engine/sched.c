@@ -94,7 +94,6 @@ bool sched_preempt_youngest(struct sched *s) {
     if (s->running_count == 0) return false;
     struct sequence *victim = s->running[s->running_count - 1];
     leave_slot(s, victim);
-    victim->evicted = true;
     sched_enqueue(s, victim);
     s->preemptions++;
     return true;
@@ -150,7 +149,7 @@ static bool admit(struct sched *s, struct sequence *seq, int64_t rows, int32_t *
     }
     const int64_t total = sequence_total(seq);
     int64_t first = seq->computed + rows;
-    if (first > total || seq->evicted) first = total;
+    if (first > total || seq->admitted) first = total;
     const int32_t wanted = pages_for(first) - seq->page_count;
     if (s->running_count > 0 &&
         (int64_t)wanted + *promised + s->running_count > kv_pool_available(s->pool)) {
@@ -164,12 +163,13 @@ static bool admit(struct sched *s, struct sequence *seq, int64_t rows, int32_t *
         s->running[at] = s->running[at - 1];
     s->running[at] = seq;
     seq->state = SEQUENCE_RUNNING;
-    if (seq->counted) return true;
-    seq->counted = true;
-    seq->cached_tokens = seq->computed < seq->task->request.prompt.count
-                             ? seq->computed
-                             : seq->task->request.prompt.count;
-    if (seq->choice == 0) { /* a prompt counts once, however many choices it has */
+    if (!seq->admitted) {
+        const int64_t prompt = seq->task->request.prompt.count;
+        seq->cached_tokens = seq->computed < prompt ? seq->computed : prompt;
+    }
+    seq->admitted = true;
+    if (!seq->task->counted) { /* a prompt counts once, however many choices it has */
+        seq->task->counted = true;
         s->prompt_tokens += (uint64_t)seq->task->request.prompt.count;
         s->cached_tokens += (uint64_t)seq->cached_tokens;
     }

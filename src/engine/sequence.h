@@ -58,8 +58,7 @@ struct sequence {
     int choice;
     enum sequence_state state;
     bool muted;                /* cancelled while its thinking is shared: works on, says nothing */
-    bool evicted;              /* was sent back once: returns only when all its pages fit */
-    bool counted;              /* its prompt is in the counters */
+    bool admitted;             /* had a slot before; waiting again, it was evicted */
     struct think_params think; /* the request's, with this choice's number */
     struct think_state thought;
     struct history made;
@@ -97,6 +96,7 @@ struct kept_step {
 struct task {
     struct request request; /* its pointers lead into the arena */
     arena memory;
+    bool counted; /* its prompt is in the counters */
     int sequence_count, live_count;
     struct sequence *sequences;
     int64_t common; /* leading positions equal in all choices: their full pages may be shared */
