@@ -576,6 +576,8 @@ static void test_refused(void) {
     check_refused("{\"set\":{\"post_processor\":{\"type\":\"BertProcessing\"}}}", "BertProcessing");
     check_refused("{\"set\":{\"decoder\":null}}", "decoder");
     check_refused("{\"set\":{\"decoder\":{\"type\":\"WordPiece\"}}}", "WordPiece");
+    check_refused("{\"set\":{\"decoder\":{\"type\":\"Fuse\"}}}", "Fuse");
+    check_refused(SPLIT("\\\\xe9"), "bytes");
     check_refused("{\"set\":{\"added_tokens\":[{\"id\":9}]}}", "content");
     CHECK_EQ(open_text("{"), STATUS_MODEL);
     CHECK_EQ(open_text("[]"), STATUS_MODEL);
