@@ -81,7 +81,7 @@ void json_writer_clear(struct json_writer *w) {
 }
 
 void json_write_bytes(struct json_writer *w, const char *bytes, size_t n) {
-    if (w->failed) return;
+    if (w->failed || n == 0) return;
     if (w->capacity - w->n < n) {
         size_t capacity = w->capacity ? w->capacity : 512;
         while (capacity - w->n < n) capacity *= 2;
