@@ -221,6 +221,25 @@ static void test_row_order(void) {
     be->ops->close(be);
 }
 
+/* Products that vanish leave a chain at -0, which is the sign of an absent slab: a present one is +0. */
+static void test_row_zero(void) {
+    const struct shape s = {.rows = 3, .cols = 2, .slab_count = 3, .border = {0, 0, 2, 2}};
+    float a[6], x[2] = {0x1p-100f, 0x1p-100f};
+    for (int i = 0; i < 6; i++) a[i] = -0x1p-100f;
+    for (int dtype = BACKEND_F32; dtype <= BACKEND_BF16; dtype++)
+        for (int level = 0; level < LEVELS; level++) {
+            backend *be = level_open(level, 1, 1);
+            if (!be) continue;
+            matrix *m = matrix_make(be, &s, MATRIX_ROW, (enum backend_dtype)dtype, a, NULL);
+            void *in = activations_new(x, 2, (enum backend_dtype)dtype);
+            float out[3] = {1.0f, 1.0f, 1.0f};
+            be->ops->row_matmul(be, 1, m, in, out);
+            for (int n = 0; n < 3; n++) CU_ASSERT(out[n] == 0.0f && !signbit(out[n]));
+            free(in);
+            be->ops->close(be);
+        }
+}
+
 /* A rank without columns brings -0, the identity, and leaves the guards alone. */
 static void test_row_absent(void) {
     static const int64_t borders[3] = {0, 0, 0};
@@ -399,6 +418,7 @@ const struct suite_case suite_cases[] = {
     {"gate and up with SwiGLU, f32", test_gate_f32},
     {"gate and up with SwiGLU, bf16", test_gate_bf16},
     {"chains and tree of a row-parallel product", test_row_order},
+    {"a chain that ends at -0 is present", test_row_zero},
     {"a rank without columns is absent", test_row_absent},
     {"residual and norm", test_norm},
     {"embedding mixture", test_embed},
