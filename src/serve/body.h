@@ -41,6 +41,8 @@ struct body_facts {
     int32_t eos_ids[THINK_EOS_MAX];
     int64_t max_model_len;
     int64_t completion_max_tokens; /* default of max_tokens for "prompt" bodies; 0 = what fits */
+    const char *fingerprint;       /* system_fingerprint of replies; NULL in `generate` */
+    int64_t created;               /* of the model entry: seconds since 1970 */
     bool batch; /* `generate`: fields that only a live connection can honour are refused */
 };
 
@@ -73,6 +75,8 @@ struct body {
  * read). STATUS_REQUEST with param and code as in serving.md §5. */
 enum status body_parse(const struct body_facts *facts, const char *text, size_t n,
                        struct body *out);
+/* The same from a tree, whose reference is taken over. */
+enum status body_parse_tree(const struct body_facts *facts, json_t *root, struct body *out);
 void body_fini(struct body *b);
 /* The engine's request for one prompt of the body. Borrows from the body. */
 struct request body_request(const struct body *b, int prompt, uint64_t id);
