@@ -120,7 +120,8 @@ static bool edits_init(struct sequence *s) {
     const bool masks_eos =
         (r->min_tokens > 0 || s->think.on_eos == ON_EOS_MASK) && !s->think.ignore_eos;
     for (int i = 0; masks_eos && i < s->think.eos_count; i++) {
-        if (s->think.eos_ids[i] < 0) continue;
+        /* a close marker that is also listed as an end must stay possible: thinking ends by it */
+        if (s->think.eos_ids[i] < 0 || s->think.eos_ids[i] == s->think.close_id) continue;
         struct edit_entry *e = edit_at(&s->edits, (uint32_t)s->think.eos_ids[i]);
         if (!e) return false;
         e->is_eos = 1;
