@@ -63,7 +63,34 @@ struct sampler_case {
     int32_t logit_row;
 };
 
-static void time_vocab(struct host *h, struct sampler_case *s) {
+static void report(const struct host *h, int64_t vocab, struct bench_summary us,
+                   struct bench_summary ratio, const struct think_candidates *c,
+                   struct json_writer *w) {
+    double think_us[THINK_MODE_COUNT];
+    for (int m = 0; m < THINK_MODE_COUNT; m++) think_us[m] = time_think((enum think_mode)m, c);
+    printf("V %-7lld  candidates %8.1f us a row (%.1f..%.1f), read/candidates %.2f; think_step",
+           (long long)vocab, us.median, us.min, us.max, ratio.median);
+    for (int m = 0; m < THINK_MODE_COUNT; m++) {
+        printf(" %s %.1f us%s", think_mode_name((enum think_mode)m), think_us[m],
+               m + 1 < THINK_MODE_COUNT ? "," : "\n");
+    }
+    if (!h->params.json) return;
+    json_begin(w, '{');
+    json_key(w, "vocab");
+    json_write_int(w, vocab);
+    bench_write_summary(w, "candidates_us", us);
+    bench_write_summary(w, "read_ratio", ratio);
+    json_key(w, "think_step_us");
+    json_begin(w, '{');
+    for (int m = 0; m < THINK_MODE_COUNT; m++) {
+        json_key(w, think_mode_name((enum think_mode)m));
+        json_write_real(w, think_us[m]);
+    }
+    json_end(w, '}');
+    json_end(w, '}');
+}
+
+static void time_vocab(struct host *h, struct sampler_case *s, struct json_writer *w) {
     struct bench_series row_us = {0}, ratio = {0};
     backend *b = h->backend;
     s->probe = (struct batch_probe){.logit_row = 0, .temperature = 0.6f};
@@ -109,13 +136,7 @@ static void time_vocab(struct host *h, struct sampler_case *s) {
                                        .z = z,
                                        .id = ids,
                                        .close_z = -1e30f};
-    const struct bench_summary us = bench_summarise(&row_us), r = bench_summarise(&ratio);
-    printf("V %-7lld  candidates %8.1f us a row (%.1f..%.1f), read/candidates %.2f; think_step",
-           (long long)s->vocab, us.median, us.min, us.max, r.median);
-    for (int m = 0; m < THINK_MODE_COUNT; m++) {
-        printf(" %s %.1f us%s", think_mode_name((enum think_mode)m),
-               time_think((enum think_mode)m, &c), m + 1 < THINK_MODE_COUNT ? "," : "\n");
-    }
+    report(h, s->vocab, bench_summarise(&row_us), bench_summarise(&ratio), &c, w);
 }
 
 static enum status run(struct host *h) {
@@ -142,10 +163,16 @@ static enum status run(struct host *h) {
         h->backend->ops->alloc(h->backend, (size_t)batch_record_bytes(SAMPLER_K, 0), "a record");
     if (!s.logits || !s.record) return STATUS_MEMORY;
     make_logits(s.logits, widest);
+    struct json_writer w;
+    json_writer_init(&w);
+    json_begin(&w, '[');
     for (size_t i = 0; i < sizeof vocabs / sizeof *vocabs; i++) {
         s.vocab = vocabs[i];
-        time_vocab(h, &s);
+        time_vocab(h, &s, &w);
     }
+    json_end(&w, ']');
+    if (h->params.json) printf("%.*s\n", (int)w.n, w.bytes);
+    json_writer_fini(&w);
     return STATUS_OK;
 }
 

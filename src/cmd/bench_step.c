@@ -385,8 +385,9 @@ static enum status plan_bench(struct step_bench *b) {
 static enum status prepare(struct step_bench *b) {
     struct host *h = b->host;
     TRY(read_batches(b, h->params.batch));
-    if (h->params.dims) TRY(open_synthetic(h));
-    return STATUS_OK;
+    if (h->params.layers > 0 && !h->params.dims)
+        return fail(STATUS_USAGE, "--layers is for --dims");
+    return h->params.dims ? open_synthetic(h) : STATUS_OK;
 }
 
 enum status bench_step(struct host *h) {

@@ -269,7 +269,6 @@ static enum status run_batch(struct generation *g) {
 
 static enum status prompt_body(struct host *h, struct json_writer *w) {
     const struct params *p = &h->params;
-    if (p->chat && p->raw) return fail(STATUS_USAGE, "--chat contradicts --raw");
     json_begin(w, '{');
     if (p->chat || (!p->raw && h->chat)) {
         json_key(w, "messages");
@@ -313,7 +312,7 @@ static enum status run_single(struct generation *g) {
         TRY_GOTO(fail(STATUS_PARTIAL, "the engine gave the request up"), out);
     }
     show_end(g, job->replies[0]);
-    if (job->body.trace_entries > 0 && g->lines.out) {
+    if (g->lines.out) { /* --output FILE: the line that a batch would have written */
         reply_write_line(job->replies[0], &g->writer);
         status = lines_write(&g->lines, &g->writer);
     }
@@ -325,6 +324,7 @@ out:
 /* ---- the command ---- */
 
 static enum status check_usage(const struct params *p) {
+    const bool to_file = strcmp(p->output, "-") != 0;
     if (p->positional) {
         return fail(STATUS_USAGE, "%s: unexpected argument; a prompt is given by -p TEXT",
                     p->positional);
@@ -333,6 +333,15 @@ static enum status check_usage(const struct params *p) {
         return fail(STATUS_USAGE,
                     "give either -p TEXT or --input FILE.jsonl (see generate --help)");
     }
+    if (p->chat && p->raw) return fail(STATUS_USAGE, "--chat contradicts --raw");
+    if (p->input && (p->chat || p->raw)) {
+        return fail(STATUS_USAGE, "--%s is for -p; a line of --input says messages or prompt",
+                    p->chat ? "chat" : "raw");
+    }
+    if (p->prompt && p->return_trace > 0 && !to_file) {
+        return fail(STATUS_USAGE,
+                    "--return-trace with -p needs --output FILE to write the trace to");
+    }
     return STATUS_OK;
 }
 
@@ -340,7 +349,8 @@ static enum status check_usage(const struct params *p) {
 static enum status check_early(struct generation *g) {
     const struct params *p = &g->host->params;
     TRY(body_facts_check(&g->host->facts));
-    return p->prompt ? STATUS_OK : lines_open(&g->lines, p->input, p->output);
+    if (!p->prompt) return lines_open(&g->lines, p->input, p->output);
+    return strcmp(p->output, "-") == 0 ? STATUS_OK : lines_open_output(&g->lines, p->output);
 }
 
 static void generation_fini(struct generation *g) {

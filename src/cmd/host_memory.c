@@ -16,7 +16,7 @@
 #include "cmd/host.h"
 #include "kv/pages.h"
 
-#define KV_SHARE 0.8
+#define KV_SHARE 0.5
 
 static int64_t read_number(const char *path, const char *after) {
     char line[256];

@@ -23,6 +23,17 @@ static int64_t count_lines(FILE *file) {
     return count + !blank;
 }
 
+static bool is_same_file(FILE *in, const char *path) {
+    struct stat a, b;
+    return fstat(fileno(in), &a) == 0 && stat(path, &b) == 0 && S_ISREG(b.st_mode) &&
+           a.st_dev == b.st_dev && a.st_ino == b.st_ino;
+}
+
+enum status lines_open_output(struct lines *l, const char *output) {
+    l->out = strcmp(output, "-") == 0 ? stdout : fopen(output, "we");
+    return l->out ? STATUS_OK : fail(STATUS_USAGE, "--output %s: %s", output, strerror(errno));
+}
+
 enum status lines_open(struct lines *l, const char *input, const char *output) {
     *l = (struct lines){0};
     if (!input) return fail(STATUS_USAGE, "--input FILE is needed (- = standard input)");
@@ -32,10 +43,12 @@ enum status lines_open(struct lines *l, const char *input, const char *output) {
     if (fstat(fileno(l->in), &facts) == 0 && S_ISDIR(facts.st_mode)) {
         return fail(STATUS_USAGE, "--input %s: it is a folder", input);
     }
+    if (is_same_file(l->in, output)) {
+        return fail(STATUS_USAGE, "--output %s is the input file: opening it would empty it",
+                    output);
+    }
     l->line_total = count_lines(l->in);
-    l->out = strcmp(output, "-") == 0 ? stdout : fopen(output, "we");
-    if (!l->out) return fail(STATUS_USAGE, "--output %s: %s", output, strerror(errno));
-    return STATUS_OK;
+    return lines_open_output(l, output);
 }
 
 void lines_close(struct lines *l) {

@@ -25,8 +25,9 @@ struct lines {
     int64_t failed;     /* lines answered by an error */
 };
 
-/* STATUS_USAGE naming the file. An output file is made anew. */
+/* STATUS_USAGE naming the file. An output file is made anew; it must not be the input file. */
 enum status lines_open(struct lines *l, const char *input, const char *output);
+enum status lines_open_output(struct lines *l, const char *output);
 void lines_close(struct lines *l);
 /* The next line that is not blank: STATUS_OK, STATUS_END, or STATUS_REQUEST for a line that is too long. */
 enum status lines_next(struct lines *l);

@@ -119,6 +119,9 @@ def test_prompt_too_long():
         (["generate", "-p", "x", "--max-model-len", "4096"], ["--max-model-len", "1024"]),
         (["generate", "-p", "x", "--think-close", "two words"], ["--think-close", "one id"]),
         (["generate"], ["-p"]),
+        (["generate", "-p", "x", "--return-trace"], ["--output"]),
+        (["generate", "--raw", "--input", "-"], ["--raw"]),
+        (["bench", "step", "--layers", "2"], ["--dims"]),
         (["generate", "--input", "/nonexistent/file"], ["/nonexistent/file"]),
         (["score"], ["--input"]),
         (["bench", "stairs"], ["step"]),
@@ -145,6 +148,13 @@ def test_environment_and_config_file(tmp_path):
     env = {"SFUMATO_MAX_TOPK": "2"}
     line = generate([chat("2+3?", temperature=1, soft_thinking={"return_trace": True})], env=env).lines[0]
     assert max(len(r.get("ids", [0])) for r in line["trace"]) == 2
+
+
+def test_output_must_not_be_the_input(tmp_path):
+    path = tmp_path / "x.jsonl"
+    path.write_text(json.dumps(GOOD) + "\n")
+    only_message(launch("generate", "--quiet", "--input", path, "--output", path), 2, "input file")
+    assert path.read_text() == json.dumps(GOOD) + "\n"
 
 
 def test_impossible_rank_count():

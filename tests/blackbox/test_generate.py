@@ -195,3 +195,11 @@ def test_prompt_streams_to_standard_output():
 def test_raw_prompt():
     result = launch("generate", "--raw", "-p", "So 3+4=", "--seed", "1", "--max-tokens", "8", "--quiet", "--think", "off")
     assert result.status == 0 and result.out
+
+
+def test_prompt_with_an_output_file_writes_the_line_too(tmp_path):
+    path = tmp_path / "out.jsonl"
+    result = launch("generate", "-p", problems(1)[0], "--seed", "7", "--return-trace", "--output", path, "--quiet")
+    assert result.status == 0 and result.out
+    expected = generate([chat(problems(1)[0], soft_thinking={"return_trace": True})])
+    assert path.read_bytes() == expected.out
