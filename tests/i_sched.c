@@ -4,6 +4,8 @@
  * edits and sorts the whole row, and calls think_step with the complete list. Everything the engine can do to
  * a request (batch, chunk, preempt, share, cache, cancel, spread over ranks) must give the same decisions.
  */
+#include <sys/wait.h>
+
 #include "engine/engine.h"
 #include "i_fake.h"
 
@@ -765,6 +767,24 @@ static void test_refusals(void) {
     engine_free(e);
 }
 
+/* A flipped bit in a record ends the job with the row and the rank, not with a plausible token. */
+static void test_flipped_bit(void) {
+    seed_now = 13;
+    scripts[0].request = plain_request(1000);
+    make_prompt(&scripts[0], 30, false, 0);
+    fflush(stdout);
+    const pid_t child = fork();
+    if (child == 0) {
+        fake.corrupt = true;
+        run_scripts(1, &(struct way){4, 64, 100, 2, false, 0, 0, false});
+        _exit(0);
+    }
+    int how = 0;
+    CU_ASSERT(waitpid(child, &how, 0) == child);
+    CU_ASSERT(WIFEXITED(how));
+    CHECK_EQ(WEXITSTATUS(how), STATUS_COMM);
+}
+
 /* Freeing an engine with work in it leaves nothing behind (seen by the leak checker). */
 static void test_freed_in_flight(void) {
     make_scripts(12, 10, true);
@@ -806,5 +826,6 @@ const struct suite_case suite_cases[] = {
     {"64 sequences, 200 requests", test_many_queued},
     {"random ways of running random scripts", test_random_ways},
     {"what cannot run is refused", test_refusals},
+    {"a flipped bit in a record is named", test_flipped_bit},
     {"an engine may be freed in flight", test_freed_in_flight},
     {NULL, NULL}};

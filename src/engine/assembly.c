@@ -1,4 +1,9 @@
-/* assembly.c: see assembly.h. Fills the arrays in one pass over the scheduled rows. */
+/* assembly.c: see assembly.h. Fills the arrays in one pass over the scheduled rows.
+ *
+ * The order of works is the order of segments, rows, logit rows, probes and asks, so everything
+ * ascends as plan_view demands. K of the records is the widest need of the step; each ask remembers
+ * its own, because a row must not see more candidates when a neighbour wants more.
+ */
 #include "engine/assembly.h"
 
 #include <stdlib.h>

@@ -36,7 +36,8 @@ int engine_probes_max(const struct engine_options *options);
 
 typedef void (*engine_event_fn)(void *user, const struct engine_event *event);
 
-/* Rank 0. The event function runs inside engine_tick and may call engine_cancel. */
+/* Rank 0. The event function runs inside engine_tick and engine_cancel; it may call engine_submit and
+ * engine_cancel. options are cut to what can be used: sequences to rows, lengths to the page pool. */
 enum status engine_new(model *m, comm *c, const struct engine_options *options,
                        engine_event_fn on_event, void *user, engine **out);
 void engine_free(engine *e);
@@ -44,8 +45,8 @@ void engine_free(engine *e);
 /* Copies and queues. STATUS_REQUEST: can never run (too long, n too large), with param;
  * STATUS_BUSY: queue full. */
 enum status engine_submit(engine *e, const struct request *r);
-/* choice < 0: all choices. Gives an ENGINE_FINISHED event with FINISH_REASON_ABORT (not when called
- * from the choice's own step event with `quiet`: then nothing more comes). */
+/* choice < 0: all choices. Pages go back at once. Gives an ENGINE_FINISHED event with FINISH_REASON_ABORT
+ * unless quiet; nothing more comes from the choice. Unknown or finished ones are ignored. */
 void engine_cancel(engine *e, uint64_t request_id, int choice, bool quiet);
 /* Runs one step. False when there is nothing to do (nothing was sent to the other ranks). */
 bool engine_tick(engine *e);

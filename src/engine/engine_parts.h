@@ -3,6 +3,10 @@
  *   engine.c   life: new, submit, cancel, tick, counters
  *   decide.c   one row's answer: merge ─► think_step ─► books ─► events
  *   share.c    one thinking, n answers: whose events the others repeat, when they part
+ *
+ * All of it runs on the engine thread of rank 0, inside engine_submit, engine_cancel or
+ * engine_tick. Events go out in the middle of this code and may come back as cancels: a sequence
+ * that was SEQUENCE_DONE once stays so, and its memory stays until the tick ends.
  */
 #ifndef SFUMATO_ENGINE_PARTS_H
 #define SFUMATO_ENGINE_PARTS_H

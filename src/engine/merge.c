@@ -1,4 +1,10 @@
 /* merge.c: see merge.h. Statistics tree, K-way merge of sorted pairs, full sort of a fetched row.
+ *
+ * A record comes from another process and is checked completely before use: a flipped bit must end
+ * the job with a name, not become a plausible token. R and K are at most 64, so the merge looks at
+ * all R heads for each pair taken. The full sort is the slow path (a filter wider than the
+ * candidate list): a radix sort of (z descending, id ascending) keys in memory the engine has
+ * ready, 1-2 ms for 150,000 ids.
  */
 #include "engine/merge.h"
 

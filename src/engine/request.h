@@ -36,10 +36,13 @@ struct request_bias {
 };
 
 struct request {
-    uint64_t id;                    /* the caller's; unique among live requests */
-    struct request_inputs prompt;   /* at least one position */
-    int choices;                    /* n */
-    bool share_thinking;            /* one thinking (choice 0's draws), n answers on shared pages */
+    uint64_t id;                  /* the caller's; unique among live requests */
+    struct request_inputs prompt; /* at least one position */
+    int choices;                  /* n */
+    /* One thinking (choice 0's draws), n answers on shared pages. The steps of the shared part come as
+     * events of every choice, but count in choice 0's usage only; if choice 0 ends inside it, all end alike.
+     * When thinking does not start within the first steps (SHARING_OPEN_STEPS), each choice is on its own. */
+    bool share_thinking;
     struct think_params think;      /* choice is set by the engine */
     int64_t max_tokens, min_tokens; /* steps; max_tokens >= 1 (0 only with score) */
     int stop_id_count;
@@ -50,7 +53,8 @@ struct request {
     bool logprobs;
     int top_logprobs; /* 0..REQUEST_TOP_LOGPROBS_MAX */
     /* score: no generation. Every position of `prompt` gives one ENGINE_SCORED event with H (at
-     * think.thinking.temperature), the top `top_logprobs` at T = 1 and ln p of the next element. */
+     * think.thinking.temperature), the top `top_logprobs` at T = 1 and ln p of the next element; then
+     * ENGINE_FINISHED with FINISH_REASON_LENGTH. */
     bool score;
 };
 
@@ -63,6 +67,7 @@ enum finish {
 };
 const char *finish_name(enum finish f); /* "stop", "length", "abort", "error" */
 
+/* Of one choice. prompt_tokens and cached_tokens repeat in every choice: a prompt counts once. */
 struct request_usage {
     int64_t prompt_tokens, cached_tokens, completion_tokens, reasoning_tokens, soft_steps;
 };

@@ -1,4 +1,10 @@
-/* step.c: see step.h. Limits, and the two collective acts of a step. */
+/* step.c: see step.h. Limits, and the two collective acts of a step.
+ *
+ * Every rank computes the same limits from the same options, and rank 0 schedules within them, so a
+ * plan that breaks one is a fault and not a matter of load. Sizes follow the worst plan: with 2,048
+ * rows of 64 entries it is about 5 MB, the usual one a few KB. Messages are as long as what is in
+ * them.
+ */
 #include "engine/step.h"
 
 #include <signal.h>
