@@ -14,16 +14,18 @@
 static const struct command commands[] = {
     {"generate", PARAMS_GENERATE, "-p TEXT\n--input IN.jsonl --output OUT.jsonl",
      "Soft Thinking generation: one prompt to the terminal, or a batch of JSON lines.",
-     cmd_generate},
+     cmd_generate, NULL},
     {"score", PARAMS_SCORE, "--input IN.jsonl --output OUT.jsonl",
-     "Entropy and log-probabilities of given ids, texts or concept tokens.", cmd_score},
+     "Entropy and log-probabilities of given ids, texts or concept tokens.", cmd_score, NULL},
     {"tokenize", PARAMS_TOKENIZE, "--input IN.jsonl --output OUT.jsonl",
      "Text to ids, ids to text (--decode), messages to prompts (--chat); loads no weights.",
-     cmd_tokenize},
+     cmd_tokenize, NULL},
     {"inspect", PARAMS_INSPECT, "",
-     "What a model is, which rank counts fit, and what each rank would hold.", cmd_inspect},
+     "What a model is, which rank counts fit, and what each rank would hold.", cmd_inspect, NULL},
+    {"serve", PARAMS_SERVE, "[--host ADDRESS] [--port N]",
+     "The service: an OpenAI-compatible HTTP API with Soft Thinking.", cmd_serve, cmd_serve_before},
     {"bench", PARAMS_BENCH, "step|comm|sampler|tokenizer",
-     "Speed, as ratios against what this machine can do.", cmd_bench},
+     "Speed, as ratios against what this machine can do.", cmd_bench, NULL},
 };
 enum { COMMAND_COUNT = sizeof commands / sizeof *commands };
 
@@ -52,6 +54,7 @@ int main(int argc, char **argv) {
     for (int i = 0; i < COMMAND_COUNT; i++) {
         if (strcmp(commands[i].name, name) != 0) continue;
         struct host host = {0};
+        if (commands[i].before) commands[i].before();
         enum status status = host_join(&host, &commands[i], argc - 1, argv + 1);
         if (status == STATUS_OK) status = commands[i].run(&host);
         return host_leave(&host, status);

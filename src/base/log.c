@@ -61,6 +61,20 @@ static void write_json_line(enum log_level level, const char *text) {
     write_all(line, n + 3);
 }
 
+void log_record(const char *name, const char *json, size_t n) {
+    char line[2 * LINE_BYTES];
+    struct timespec now;
+    if (!log_enabled(LOG_INFO) || n < 2 || n > LINE_BYTES) return;
+    clock_gettime(CLOCK_REALTIME, &now);
+    const int length =
+        as_json ? snprintf(line, sizeof line,
+                           "{\"ts\":%lld.%03ld,\"level\":\"info\",\"rank\":%d,\"msg\":\"%s\",%.*s\n",
+                           (long long)now.tv_sec, now.tv_nsec / 1000000, own_rank, name, (int)n - 1,
+                           json + 1)
+                : snprintf(line, sizeof line, "sfumato: %s %.*s\n", name, (int)n, json);
+    write_all(line, (size_t)length);
+}
+
 static void write_text_line(const char *prefix, const char *text) {
     char line[LINE_BYTES + 64];
     int n = snprintf(line, sizeof line, "sfumato: %s%s\n", prefix, text);

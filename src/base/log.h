@@ -8,6 +8,7 @@
 #define SFUMATO_BASE_LOG_H
 
 #include <stdbool.h>
+#include <stddef.h>
 
 enum log_level { LOG_DEBUG, LOG_INFO, LOG_WARN, LOG_ERROR, LOG_OFF };
 
@@ -18,6 +19,10 @@ int log_rank(void);
 bool log_enabled(enum log_level level);
 
 void log_line(enum log_level level, const char *format, ...) __attribute__((format(printf, 2, 3)));
+
+/* A record for machines, of level info: `json` is an object (n bytes). Text: "sfumato: NAME {...}";
+ * JSON lines: its members beside ts, level, rank and msg = NAME. */
+void log_record(const char *name, const char *json, size_t n);
 
 /* "sfumato: TEXT": the one line a failing command ends with, whatever the level. */
 void log_failure(const char *text);

@@ -224,8 +224,17 @@ static enum status agree_on_everything(struct host *h) {
     return comm_agree_equal(h->comm, "model configuration", &config, sizeof config);
 }
 
+struct loading {
+    struct host *host;
+    struct progress progress;
+};
+
 static void on_load(void *user, int64_t done, int64_t total) {
-    struct progress *progress = user;
+    struct loading *loading = user;
+    struct progress *progress = &loading->progress;
+    if (loading->host->on_load && total > 0) {
+        loading->host->on_load(loading->host->on_load_user, (double)done / (double)total);
+    }
     char note[64], bytes[32];
     const double seconds = progress_clock() - progress->start;
     progress->total = total;
@@ -235,14 +244,14 @@ static void on_load(void *user, int64_t done, int64_t total) {
 }
 
 static enum status load_weights(struct host *h) {
-    struct progress progress;
-    progress_begin(&progress, "loading weights", h->source->total_bytes,
+    struct loading loading = {.host = h};
+    progress_begin(&loading.progress, "loading weights", h->source->total_bytes,
                    h->rank == 0 && !h->params.quiet);
-    const enum status status = model_open(h->source, &h->model_options, h->backend, h->comm,
-                                          on_load, &progress, &h->model);
-    progress_end(&progress);
+    const enum status status =
+        model_open(h->source, &h->model_options, h->backend, h->comm, on_load, &loading, &h->model);
+    progress_end(&loading.progress);
     char detail[96], bytes[32], rate[32];
-    const double seconds = progress_clock() - progress.start;
+    const double seconds = h->load_seconds = progress_clock() - loading.progress.start;
     snprintf(
         detail, sizeof detail, "(%s on rank 0, %s/s)",
         progress_bytes((double)h->backend->weight_bytes, bytes),
@@ -267,7 +276,7 @@ static enum status setup_comm(struct host *h) {
 struct rank_row {
     char name[64];
     int local_rank, threads, slab_begin, slab_count;
-    int64_t weight_bytes, kv_bytes, scratch_bytes, resident_bytes;
+    int64_t weight_bytes, kv_bytes, scratch_bytes, resident_bytes, free_bytes;
 };
 
 static void log_ranks(struct host *h) {
@@ -278,11 +287,14 @@ static void log_ranks(struct host *h) {
                            .weight_bytes = (int64_t)h->backend->weight_bytes,
                            .kv_bytes = (int64_t)h->backend->kv_bytes,
                            .scratch_bytes = (int64_t)h->backend->scratch_bytes,
-                           .resident_bytes = host_peak_bytes()};
+                           .resident_bytes = host_peak_bytes(),
+                           .free_bytes = host_free_bytes()};
     if (gethostname(row.name, sizeof row.name - 1) != 0) snprintf(row.name, sizeof row.name, "?");
     const struct rank_row *all = comm_gather(h->comm, &row, sizeof row);
     for (int r = 0; all && r < h->ranks; r++) {
         char weights[32], kv[32], scratch[32], resident[32];
+        h->memory[r] = (struct host_memory){all[r].weight_bytes, all[r].kv_bytes,
+                                            all[r].scratch_bytes, all[r].free_bytes};
         log_info(
             "rank %d on %s: slabs %d..%d of %d, %d thread%s, weights %s, KV cache %s, scratch %s, "
             "resident %s",

@@ -23,6 +23,8 @@
 #include "text/chat.h"
 #include "text/tokenizer.h"
 
+enum { HOST_RANKS_MAX = 64 };
+
 struct host {
     enum params_command command;
     struct params params;
@@ -41,6 +43,13 @@ struct host {
     struct model_options model_options;
     struct engine_options engine_options;
     struct model_need need; /* of this rank */
+    /* Called while weights load; may be NULL. Then what log lines say, for whoever reports it. */
+    void (*on_load)(void *user, double ratio);
+    void *on_load_user;
+    double load_seconds;
+    struct host_memory {
+        int64_t weights, kv, workspace, free;
+    } memory[HOST_RANKS_MAX]; /* of every rank, on rank 0 */
     double start, phase_start;
 };
 
@@ -51,6 +60,7 @@ struct command {
     const char *usage, *about;
     /* Called on every rank. A failure of rank 0 alone must first release the others. */
     enum status (*run)(struct host *h);
+    void (*before)(void); /* on every rank, before MPI; may be NULL */
 };
 
 enum status host_join(struct host *h, const struct command *command, int argc, char **argv);

@@ -145,7 +145,7 @@ static void collect_eos(struct host *h, bool gguf) {
 static enum status choose_mode(struct host *h) {
     const struct params *p = &h->params;
     struct body_facts *f = &h->facts;
-    if (h->command != PARAMS_GENERATE) return STATUS_OK;
+    if (h->command != PARAMS_GENERATE && h->command != PARAMS_SERVE) return STATUS_OK;
     if (!think_mode_parse(p->think, &f->mode)) {
         char known[128] = "";
         for (int m = 0; m < THINK_MODE_COUNT; m++) {
@@ -190,7 +190,8 @@ enum status host_open_tokenizer(struct host *h) {
     f->config = &h->source->config;
     f->tokenizer = h->tokenizer;
     f->model_name = h->model_name;
-    f->batch = true;
+    f->batch = h->command != PARAMS_SERVE;
+    f->completion_max_tokens = h->command == PARAMS_SERVE ? 16 : 0;
     f->max_model_len =
         h->params.max_model_len > 0 ? h->params.max_model_len : f->config->max_positions;
     TRY_GOTO(open_chat(h, template_text), out);

@@ -172,10 +172,16 @@ const void *comm_gather(comm *c, const void *mine, size_t n) {
 
 void comm_times_get(const comm *c, struct comm_times *out) { *out = c->times; }
 
+void comm_on_abort(comm *c, void (*hook)(void *user, int exit_code, const char *text), void *user) {
+    c->abort_hook = hook;
+    c->abort_user = user;
+}
+
 /* Often all ranks see the same trouble at once, and it shall be said once. In a window the first to
  * come speaks; without one, higher ranks leave the lower ones time to end them. */
 _Noreturn void comm_abort(comm *c, int exit_code, const char *text) {
     enum { GRACE_SECONDS = 2, TURN_US = 50 * 1000 };
+    if (c->abort_hook) c->abort_hook(c->abort_user, exit_code, text);
     if (c->path && c->path->abort_claim) {
         if (c->path->abort_claim(c)) {
             log_failure(text);

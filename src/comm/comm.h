@@ -81,6 +81,9 @@ struct comm_times {
 };
 void comm_times_get(const comm *c, struct comm_times *out);
 
+/* Called on this rank by comm_abort, before the job is ended: the last chance to tell clients. It
+ * must return within a second. One per comm. */
+void comm_on_abort(comm *c, void (*hook)(void *user, int exit_code, const char *text), void *user);
 /* Ends every rank with this exit code; the text is printed once, here. */
 _Noreturn void comm_abort(comm *c, int exit_code, const char *text);
 

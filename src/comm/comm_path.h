@@ -54,6 +54,8 @@ struct comm {
     pid_t parent; /* the launcher's process here; 0: do not watch it */
     struct comm_config config;
     struct comm_times times;
+    void (*abort_hook)(void *user, int exit_code, const char *text);
+    void *abort_user;
 };
 
 extern const struct comm_job comm_self_job, comm_mpi_job;

@@ -60,8 +60,11 @@ void comm_pause_end(comm *c, const struct comm_patience *p) {
     if (p->rounds) c->times.wait_seconds += 1e-9 * (double)(comm_clock_ns() - p->begin_ns);
 }
 
+/* Other ranks leave rank 0 the time to tell its clients (comm_on_abort). */
 bool comm_is_late(const comm *c, uint64_t waited_ns) {
-    return c->config.timeout_seconds > 0 && 1e-9 * (double)waited_ns >= c->config.timeout_seconds;
+    const double grace = c->rank == 0 ? 0 : 2;
+    return c->config.timeout_seconds > 0 &&
+           1e-9 * (double)waited_ns >= c->config.timeout_seconds + grace;
 }
 
 _Noreturn void comm_give_up(comm *c, const char *operation, uint64_t number, int missing) {

@@ -73,6 +73,8 @@ const struct fault *up_fault(const void *bytes, size_t n);
 struct wires {
     mailbox *down, *up;
     _Atomic int load_permille; /* progress of loading, set by the main thread */
+    _Atomic int running;       /* sequences in the batch, set by the worker after a step */
+    int page_tokens;           /* of a KV page, set before up_ready */
 };
 enum status wires_open(struct wires *w, int sequences_max);
 void wires_close(struct wires *w);

@@ -40,11 +40,10 @@ void metrics_free(struct metrics *m);
 void metric_add(struct metrics *m, enum metric_id id, int series, uint64_t n);
 void metric_set(struct metrics *m, enum metric_id id, int series, double value);
 void metric_observe(struct metrics *m, enum metric_id id, int series, double value);
-/* `times` equal observations at once. */
 double metric_get(const struct metrics *m, enum metric_id id, int series); /* counters and gauges */
 /* A counter that is counted elsewhere: the new total. */
 void metric_set_total(struct metrics *m, enum metric_id id, int series, uint64_t total);
-/* labels: `a="b",c="d"`. */
+/* labels: `a="b",c="d",` with the last comma. Once; any thread. */
 void metrics_set_info(struct metrics *m, enum metric_id id, const char *labels);
 /* Token histograms show buckets up to this. */
 void metrics_set_context(struct metrics *m, int64_t tokens);

@@ -218,7 +218,12 @@ void reply_summarise(const reply *r, struct reply_summary *out) {
                                   .finish = r->finish,
                                   .end = r->end,
                                   .mean_entropy = n > 0 ? r->entropy_sum / n : NAN,
-                                  .seed = r->body->request.think.seed};
+                                  .seed = r->body->request.think.seed,
+                                  .loop_break = r->loop_break,
+                                  .stop_text =
+                                      r->stop_index >= 0 ? r->body->stops[r->stop_index] : NULL,
+                                  .stopped_by_id = r->stopped_by_id,
+                                  .stop_id = r->stop_id};
 }
 
 /* ---- the service's forms ---- */

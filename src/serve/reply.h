@@ -39,6 +39,10 @@ struct reply_summary {
     enum think_end end;
     double mean_entropy; /* NAN without thinking steps */
     uint64_t seed;
+    bool loop_break;
+    const char *stop_text; /* the stop string that matched, or NULL */
+    bool stopped_by_id;
+    uint32_t stop_id;
 };
 void reply_summarise(const reply *r, struct reply_summary *out);
 

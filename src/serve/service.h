@@ -43,6 +43,8 @@ enum { SERVICE_ID_BYTES = 129 }; /* a request id of 1..128 characters, and NUL *
 enum service_state { SERVICE_LOADING, SERVICE_READY, SERVICE_DRAINING, SERVICE_DEAD };
 const char *service_state_name(enum service_state s); /* "loading", "ok", "draining", "dead" */
 
+double service_clock(void); /* seconds, monotonic */
+
 /* ---- life ---- */
 
 /* params, wires and metrics outlive the service. */
@@ -67,8 +69,13 @@ void service_drain(service *s);
 void service_end_all(service *s, enum refusal why, const char *text);
 /* Watchdog: no call is taken any more, all end with engine_dead. */
 void service_die(service *s, const char *text);
-int service_calls(const service *s);     /* not ended yet, as clients see it */
-int service_sequences(const service *s); /* held by the engine, queued ones included */
+int service_calls(const service *s);        /* not ended yet, as clients see it */
+int service_sequences(const service *s);    /* held by the engine, queued ones included */
+bool service_aborted_any(const service *s); /* a call was ended by service_end_all or service_die */
+/* Up messages, when net.c sees the mailbox's file descriptor readable. */
+void service_read(service *s);
+/* Gauges that are computed when somebody looks. */
+void service_refresh_metrics(service *s);
 
 /* ---- calls ---- */
 
@@ -117,6 +124,7 @@ const struct body *call_body(const call *c);
 reply *call_reply(const call *c, int choice); /* choice = prompt * n + index */
 int call_choice_count(const call *c);
 const char *call_request_id(const call *c);
+const char *call_id(const call *c);  /* 32 hex digits, of the reply: "chatcmpl-ID" */
 int64_t call_created(const call *c); /* seconds since 1970 */
 bool call_streams(const call *c);
 /* Sums over choices, each prompt counted once. */
@@ -124,6 +132,7 @@ struct request_usage call_usage(const call *c);
 
 /* "X-Request-Id" of a client when it is 1..128 of [A-Za-z0-9._-], else 32 random hex digits. */
 void service_request_id(const char *given, char out[SERVICE_ID_BYTES]);
+void service_random_hex(char out[33]);
 /* The trace id of a W3C traceparent, or "". */
 void service_trace_id(const char *traceparent, char out[33]);
 

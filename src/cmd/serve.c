@@ -1,0 +1,209 @@
+/* serve.c: `sfumato serve`: the engine on the main thread, the service on the net thread of rank 0.
+ *
+ *   listeners ─► net thread ─► model files ─► weights ─► engine ─► ready ─► work ─► drained ─► leave
+ *
+ * The work loop reads what the net thread asks for, runs one step, leaves the step's events and
+ * numbers where the net thread finds them, and sleeps when there is nothing to do; the other ranks
+ * sleep in their wait for a plan. Everything a client sees is in serve/. Thread: engine thread.
+ */
+#include <stdio.h>
+#include <string.h>
+#include <time.h>
+
+#include "base/log.h"
+#include "cmd/commands.h"
+#include "kv/pages.h"
+#include "serve/net.h"
+
+struct serving {
+    struct host *host;
+    net *net;
+    struct wires *wires;
+    struct metrics *metrics;
+    engine *engine;
+    struct engine_counters counters; /* after the last step */
+    struct comm_times times;
+    char fingerprint[64];
+};
+
+void cmd_serve_before(void) { net_block_signals(); }
+
+/* ---- what a step leaves for /metrics ---- */
+
+static void publish(struct serving *s) {
+    enum { SCHEDULE, FORWARD, ALL_REDUCE, SAMPLE };
+    enum { FREE, CACHED, USED };
+    struct metrics *m = s->metrics;
+    const struct engine_counters before = s->counters;
+    const struct comm_times times_before = s->times;
+    struct engine_counters *now = &s->counters;
+    engine_counters_get(s->engine, now);
+    comm_times_get(s->host->comm, &s->times);
+    atomic_store_explicit(&s->wires->running, now->running, memory_order_relaxed);
+    metric_set(m, METRIC_pages, FREE, now->pages_free);
+    metric_set(m, METRIC_pages, CACHED, now->pages_cached);
+    metric_set(m, METRIC_pages, USED, now->pages_used);
+    const double all = (double)now->pages_free + now->pages_cached + now->pages_used;
+    metric_set(m, METRIC_kv_usage, 0, all > 0 ? now->pages_used / all : 0);
+    if (now->steps == before.steps) return;
+    metric_set_total(m, METRIC_preemptions, 0, now->preemptions);
+    metric_set_total(m, METRIC_prefix_queries, 0, now->prompt_tokens);
+    metric_set_total(m, METRIC_prefix_hits, 0, now->cached_tokens);
+    metric_set_total(m, METRIC_full_fetches, 0, now->full_fetches);
+    metric_observe(m, METRIC_step_time, SCHEDULE, now->plan_seconds - before.plan_seconds);
+    metric_observe(m, METRIC_step_time, FORWARD, now->forward_seconds - before.forward_seconds);
+    metric_observe(m, METRIC_step_time, SAMPLE, now->sample_seconds - before.sample_seconds);
+    metric_observe(m, METRIC_step_time, ALL_REDUCE,
+                   s->times.wait_seconds + s->times.move_seconds - times_before.wait_seconds -
+                       times_before.move_seconds);
+    metric_observe(
+        m, METRIC_iteration_tokens, 0,
+        (double)(now->prompt_tokens - now->cached_tokens + now->generated_tokens) -
+            (double)(before.prompt_tokens - before.cached_tokens + before.generated_tokens));
+}
+
+/* ---- work ---- */
+
+static void on_event(void *user, const struct engine_event *event) {
+    struct serving *s = user;
+    up_event(s->wires->up, event);
+}
+
+/* False: the net thread wants the engine to stop. */
+static bool obey(struct serving *s, const struct down_message *m) {
+    switch (m->kind) {
+        case DOWN_SUBMIT:
+            if (engine_submit(s->engine, m->request) != STATUS_OK) {
+                up_refused(s->wires->up, m->request->id, fail_last());
+            }
+            return true;
+        case DOWN_CANCEL:
+            engine_cancel(s->engine, m->id, m->choice, false);
+            return true;
+        case DOWN_STOP:
+            return false;
+    }
+    return false;
+}
+
+static void work(struct serving *s) {
+    for (;;) {
+        const struct down_message *m;
+        size_t n;
+        while ((m = mailbox_peek(s->wires->down, &n)) != NULL) {
+            const bool go_on = obey(s, m);
+            mailbox_pop(s->wires->down);
+            if (!go_on) return;
+        }
+        const bool worked = engine_tick(s->engine);
+        publish(s);
+        mailbox_flush(s->wires->up);
+        if (!worked) mailbox_wait(s->wires->down, -1);
+    }
+}
+
+static void on_abort(void *user, int exit_code, const char *text) {
+    struct serving *s = user;
+    net_engine_died(s->net, exit_code, text);
+}
+
+/* ---- facts for clients ---- */
+
+static void on_load(void *user, double ratio) { net_progress(user, ratio); }
+
+/* Changes whenever bits of results may: serving.md §4.1. */
+static void make_fingerprint(struct serving *s) {
+    const struct host *h = s->host;
+    const bool any_ranks = (h->ranks & (h->ranks - 1)) != 0; /* powers of two give the same bits */
+    char text[256];
+    const int n =
+        snprintf(text, sizeof text, "%s|cpu|%s|%s|%d|%d|%d|%d", SFUMATO_VERSION,
+                 backend_isa_name(h->backend->isa), backend_numerics_name(h->backend->numerics),
+                 h->model_options.weight_dtype, h->model_options.kv_dtype, h->model_options.slabs,
+                 any_ranks ? h->ranks : 0);
+    uint32_t digest = 0x811c9dc5u; /* FNV-1a */
+    for (int i = 0; i < n; i++) digest = (digest ^ (unsigned char)text[i]) * 0x01000193u;
+    snprintf(s->fingerprint, sizeof s->fingerprint, "sfumato-%s-%08x", SFUMATO_VERSION, digest);
+}
+
+static void report_start(struct serving *s) {
+    const struct host *h = s->host;
+    const bool f32 = h->model_options.weight_dtype == BACKEND_F32;
+    char labels[256];
+    snprintf(labels, sizeof labels, "block_size=\"%d\",num_blocks=\"%d\",", KV_PAGE_TOKENS,
+             h->engine_options.page_count);
+    metrics_set_info(s->metrics, METRIC_cache_config, labels);
+    snprintf(labels, sizeof labels, "version=\"%s\",backend=\"cpu-%s\",tp=\"%d\",dtype=\"%s\",",
+             SFUMATO_VERSION, backend_isa_name(h->backend->isa), h->ranks, f32 ? "f32" : "bf16");
+    metrics_set_info(s->metrics, METRIC_build, labels);
+    metric_set(s->metrics, METRIC_ranks, 0, h->ranks);
+    metric_set(s->metrics, METRIC_load_time, 0, h->load_seconds);
+    for (int r = 0; r < h->ranks && r < HOST_RANKS_MAX; r++) {
+        const struct host_memory *m = &h->memory[r];
+        const int64_t kinds[] = {m->weights, m->kv, m->workspace, m->free};
+        for (int k = 0; k < 4; k++) {
+            metric_set(s->metrics, METRIC_memory, 4 * r + k, (double)kinds[k]);
+        }
+    }
+}
+
+/* ---- the command ---- */
+
+static enum status start_net(struct serving *s) {
+    const struct params *p = &s->host->params;
+    if (p->positional) return fail(STATUS_USAGE, "%s: unexpected argument", p->positional);
+    if (s->host->rank > 0) return STATUS_OK;
+    TRY(net_open(p, s->host->ranks, &s->net));
+    s->wires = net_wires(s->net);
+    s->metrics = net_metrics(s->net);
+    s->wires->page_tokens = KV_PAGE_TOKENS;
+    s->host->on_load = on_load;
+    s->host->on_load_user = s->net;
+    comm_on_abort(s->host->comm, on_abort, s);
+    return net_start(s->net);
+}
+
+static enum status check_early(struct serving *s) {
+    struct host *h = s->host;
+    if (h->rank > 0) return STATUS_OK;
+    if (h->params.served_model_name) {
+        snprintf(h->model_name, sizeof h->model_name, "%s", h->params.served_model_name);
+    }
+    return body_facts_check(&h->facts);
+}
+
+static enum status open_engine(struct serving *s) {
+    struct host *h = s->host;
+    TRY(engine_new(h->model, h->comm, &h->engine_options, on_event, s, &s->engine));
+    make_fingerprint(s);
+    h->facts.fingerprint = s->fingerprint;
+    h->facts.created = (int64_t)time(NULL);
+    report_start(s);
+    publish(s);
+    return STATUS_OK;
+}
+
+enum status cmd_serve(struct host *h) {
+    struct serving s = {.host = h};
+    enum status status;
+    TRY_GOTO(comm_agree(h->comm, start_net(&s)), out);
+    TRY_GOTO(host_open_text(h), out);
+    TRY_GOTO(comm_agree(h->comm, check_early(&s)), out);
+    TRY_GOTO(host_open_model(h), out);
+    if (h->rank > 0) {
+        engine_follow(h->model, h->comm, &h->engine_options);
+        return STATUS_OK;
+    }
+    if (open_engine(&s) != STATUS_OK) comm_abort(h->comm, STATUS_MEMORY, fail_text());
+    net_ready(s.net, &h->facts);
+    work(&s);
+    engine_stop(s.engine);
+out:
+    if (s.net && net_join(s.net) && status == STATUS_OK) {
+        status = fail(STATUS_PARTIAL, "requests were aborted");
+    }
+    comm_on_abort(h->comm, NULL, NULL);
+    net_free(s.net);
+    engine_free(s.engine);
+    return status;
+}

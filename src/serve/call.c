@@ -1,0 +1,417 @@
+/* call.c: a request from its text to its last event: admission, tickets, deadline, cancel.
+ *
+ *   service_call ─► LIVE ──────── all choices complete, refused, deadline, client gone ──► OVER ─► freed
+ *                    tickets: held by the engine, each released when its last sequence ended ┘
+ *
+ * A call is over as soon as its client knows the end; its memory goes when the engine holds nothing
+ * of it any more, because the engine's requests point into the body until then.
+ */
+#include <stdlib.h>
+#include <string.h>
+#include <sys/time.h>
+#include <time.h>
+
+#include "base/log.h"
+#include "serve/fields.h"
+#include "serve/service_parts.h"
+
+/* ---- tickets ---- */
+
+uint64_t ticket_id(const service *s, const struct ticket *t) {
+    return (uint64_t)t->serial << 32 | (uint64_t)(t - s->tickets);
+}
+
+struct ticket *ticket_find(service *s, uint64_t id) {
+    const uint32_t index = (uint32_t)id;
+    if (index >= (uint32_t)s->ticket_max) return NULL;
+    struct ticket *t = &s->tickets[index];
+    return t->call && t->serial == id >> 32 ? t : NULL;
+}
+
+static void take_ticket(call *c, int place, int prompt, bool score) {
+    service *s = c->service;
+    ASSERT_LE(0, s->first_free); /* admission: a ticket holds at least one sequence */
+    const int index = s->first_free;
+    struct ticket *t = &s->tickets[index];
+    s->first_free = t->next_free;
+    *t = (struct ticket){.serial = ++s->serial, .call = c, .prompt = prompt};
+    t->request = body_request(&c->body, prompt, ticket_id(s, t));
+    if (score) {
+        t->request.score = true;
+        t->request.choices = 1;
+        t->request.share_thinking = false;
+        t->request.max_tokens = t->request.min_tokens = 0;
+    }
+    t->open_count = t->request.choices;
+    c->tickets[place] = index;
+    c->tickets_open++;
+}
+
+void call_release_ticket(call *c, struct ticket *t) {
+    service *s = c->service;
+    const int index = (int)(t - s->tickets);
+    for (int i = 0; i < c->ticket_count; i++) {
+        if (c->tickets[i] == index) c->tickets[i] = -1;
+    }
+    t->call = NULL;
+    t->next_free = s->first_free;
+    s->first_free = index;
+    c->tickets_open--;
+}
+
+static void submit(service *s, const struct ticket *t) {
+    struct down_message *m = mailbox_reserve(s->wires->down, sizeof *m);
+    *m = (struct down_message){.kind = DOWN_SUBMIT, .request = &t->request};
+    mailbox_commit(s->wires->down, sizeof *m);
+}
+
+void call_send_cancel(service *s, const struct ticket *t, int choice) {
+    struct down_message *m = mailbox_reserve(s->wires->down, sizeof *m);
+    *m = (struct down_message){.kind = DOWN_CANCEL, .id = ticket_id(s, t), .choice = choice};
+    mailbox_commit(s->wires->down, sizeof *m);
+    mailbox_flush(s->wires->down);
+}
+
+/* ---- choices ---- */
+
+void choice_enter(call *c, struct choice *choice, enum choice_phase phase) {
+    service *s = c->service;
+    if (choice->phase == phase) return;
+    if (choice->phase != CHOICE_DONE) s->phase_counts[choice->phase]--;
+    if (phase != CHOICE_DONE) s->phase_counts[phase]++;
+    choice->phase = phase;
+}
+
+/* ---- the end ---- */
+
+void call_free_if_over(call *c) {
+    service *s = c->service;
+    if (c->state != CALL_OVER || c->busy || c->tickets_open > 0) return;
+    s->sequence_count -= c->sequences;
+    if (c->prev) {
+        c->prev->next = c->next;
+    } else {
+        s->calls = c->next;
+    }
+    if (c->next) c->next->prev = c->prev;
+    for (int i = 0; i < c->choice_count; i++) {
+        if (!c->choices) break;
+        choice_enter(c, &c->choices[i], CHOICE_DONE);
+        reply_free(c->choices[i].reply);
+    }
+    if (c->timer) event_free(c->timer);
+    free(c->choices);
+    free(c->tickets);
+    body_fini(&c->body);
+    free(c);
+}
+
+/* Live -> over: no more events for the front; the engine is asked to stop what still runs. */
+static void leave(call *c) {
+    service *s = c->service;
+    c->state = CALL_OVER;
+    s->call_count--;
+    s->waiting_tokens -= c->tokens;
+    c->tokens = 0;
+    if (c->timer) event_del(c->timer);
+    for (int i = 0; i < c->ticket_count; i++) {
+        if (c->tickets[i] >= 0) call_send_cancel(s, &s->tickets[c->tickets[i]], -1);
+    }
+}
+
+void call_end(call *c, const struct refused *why) {
+    ASSERT(c->state == CALL_LIVE);
+    const bool was_busy = c->busy;
+    record_call(c, why, NULL);
+    leave(c);
+    c->busy = true;
+    c->front->end(c->user, c, why);
+    c->busy = was_busy;
+    call_free_if_over(c);
+}
+
+void call_cancel(call *c, enum call_gone reason) {
+    ASSERT(c->state == CALL_LIVE);
+    record_call(c, NULL, reason == CALL_SLOW_READER ? "slow_reader" : "disconnected");
+    if (reason == CALL_SLOW_READER) metric_add(c->service->metrics, METRIC_slow_readers, 0, 1);
+    leave(c);
+    call_free_if_over(c);
+}
+
+bool service_abort(service *s, const char *request_id) {
+    call *c = s->calls;
+    while (c && (c->state != CALL_LIVE || strcmp(c->request_id, request_id) != 0)) c = c->next;
+    if (!c) return false;
+    const struct refused why = refused_as(REFUSAL_CANCELLED, NULL, "aborted by its client");
+    call_end(c, &why);
+    return true;
+}
+
+/* ---- timers ---- */
+
+static void start_timer(call *c, double seconds) {
+    const struct timeval wait = {(time_t)seconds,
+                                 (suseconds_t)(1e6 * (seconds - (double)(time_t)seconds))};
+    evtimer_add(c->timer, &wait);
+}
+
+static void on_deadline(evutil_socket_t fd, short what, void *user) {
+    call *c = user;
+    (void)fd;
+    (void)what;
+    const struct refused why = refused_as(REFUSAL_TIMEOUT, NULL,
+                                          "the request did not end within its time limit "
+                                          "(timeout_s, --request-timeout)");
+    call_end(c, &why);
+}
+
+/* Nothing for the engine: echo without logprobs and max_tokens 0. */
+static void on_nothing_to_do(evutil_socket_t fd, short what, void *user) {
+    call *c = user;
+    (void)fd;
+    (void)what;
+    const struct engine_event done = {.kind = ENGINE_FINISHED, .finish = FINISH_REASON_LENGTH};
+    for (int i = 0; i < c->choice_count && c->state == CALL_LIVE; i++) {
+        struct stream_delta last;
+        c->busy = true;
+        if (reply_finish(c->choices[i].reply, &done, &last) == STATUS_OK) {
+            c->front->finish(c->user, c, i, &last);
+        }
+        c->busy = false;
+    }
+    if (c->state == CALL_LIVE) {
+        call_end(c, NULL);
+    } else {
+        call_free_if_over(c);
+    }
+}
+
+/* ---- admission ---- */
+
+static enum status check_kind(const struct body *b, enum call_kind kind) {
+    if (kind == CALL_CHAT && !b->chat) {
+        return fail_param(STATUS_REQUEST, "messages", NULL, "messages is missing");
+    }
+    if (kind == CALL_COMPLETION && b->chat) {
+        return fail_param(STATUS_REQUEST, "prompt", NULL, "prompt is missing");
+    }
+    return STATUS_OK;
+}
+
+static enum status check_timeout(const service *s, const struct body *b) {
+    if (!field_get(b->root, "timeout_s")) return STATUS_OK;
+    const double most = s->params->request_timeout;
+    if (b->timeout_seconds > 0 && (most == 0 || b->timeout_seconds <= most)) return STATUS_OK;
+    return fail_param(STATUS_REQUEST, "timeout_s", NULL,
+                      "timeout_s is %.9g: it must be above 0 and at most %.9g (--request-timeout)",
+                      b->timeout_seconds, most > 0 ? most : 1e9);
+}
+
+/* What the call takes of the engine: sequences, tickets, prompt tokens. */
+struct load {
+    int sequences, tickets;
+    int64_t tokens;
+    bool scores, generates;
+};
+static struct load load_of(const struct body *b) {
+    struct load l = {.scores = b->echo && b->request.logprobs, .generates = true};
+    if (b->prompts[0].max_tokens == 0) l.generates = false; /* only with echo, the same for all */
+    for (int i = 0; i < b->prompt_count; i++) {
+        l.tokens += b->prompts[i].count * (l.scores + l.generates);
+    }
+    l.tickets = b->prompt_count * (l.scores + l.generates);
+    l.sequences =
+        b->prompt_count * (l.generates ? b->request.choices : 0) + (l.scores ? b->prompt_count : 0);
+    return l;
+}
+
+static enum status check_room(service *s, const struct body *b, const struct load *l) {
+    enum { QUEUE, TOKENS };
+    if (l->sequences > s->sequences_max) {
+        return fail_param(STATUS_REQUEST, b->prompt_count > 1 ? "prompt" : "n", NULL,
+                          "the request has %d sequences, this server holds at most %d",
+                          l->sequences, s->sequences_max);
+    }
+    if (s->sequence_count + l->sequences > s->sequences_max) {
+        metric_add(s->metrics, METRIC_rejections, QUEUE, 1);
+        return fail(STATUS_BUSY, "the server holds %d sequences, at most %d: try again later",
+                    s->sequence_count, s->sequences_max);
+    }
+    const int64_t most = s->params->max_num_queued_tokens;
+    if (most > 0 && s->waiting_tokens > 0 && s->waiting_tokens + l->tokens > most) {
+        metric_add(s->metrics, METRIC_rejections, TOKENS, 1);
+        return fail(STATUS_BUSY, "%lld prompt tokens are waiting, at most %lld: try again later",
+                    (long long)s->waiting_tokens, (long long)most);
+    }
+    return STATUS_OK;
+}
+
+static enum status read_body(service *s, const struct call_options *o, struct body *b) {
+    if (o->text) {
+        TRY(body_parse(s->facts, o->text, o->n, b));
+    } else {
+        TRY(body_parse_tree(s->facts, o->root, b));
+    }
+    TRY(check_kind(b, o->kind));
+    TRY(check_timeout(s, b));
+    if (!b->chat) b->separate_reasoning = false; /* completions: the raw reply (serving.md §4.3) */
+    return STATUS_OK;
+}
+
+static enum status open_replies(call *c) {
+    c->choice_count = c->open_count = c->body.prompt_count * c->body.request.choices;
+    c->choices = calloc((size_t)c->choice_count, sizeof *c->choices);
+    if (!c->choices) return fail(STATUS_MEMORY, "no memory for replies");
+    for (int i = 0; i < c->choice_count; i++) {
+        c->choices[i].phase = CHOICE_DONE;
+        TRY(reply_new(c->service->facts, &c->body, i, &c->choices[i].reply));
+    }
+    return STATUS_OK;
+}
+
+/* From here on nothing fails. */
+static void admit(call *c, const struct load *l, double timeout) {
+    service *s = c->service;
+    c->next = s->calls;
+    if (s->calls) s->calls->prev = c;
+    s->calls = c;
+    s->call_count++;
+    c->sequences = l->sequences;
+    s->sequence_count += c->sequences;
+    c->tokens = l->tokens;
+    s->waiting_tokens += c->tokens;
+    for (int i = 0; i < c->choice_count; i++) choice_enter(c, &c->choices[i], CHOICE_PREFILL);
+    for (int p = 0; p < c->body.prompt_count; p++) {
+        const int place = p * (l->scores + l->generates);
+        if (l->scores) take_ticket(c, place, p, true);
+        if (l->generates) take_ticket(c, place + l->scores, p, false);
+        metric_observe(s->metrics, METRIC_prompt_tokens_request, 0,
+                       (double)c->body.prompts[p].count);
+        metric_observe(s->metrics, METRIC_params_max_tokens, 0,
+                       (double)c->body.prompts[p].max_tokens);
+    }
+    metric_observe(s->metrics, METRIC_params_n, 0, c->body.request.choices);
+    for (int i = 0; i < c->ticket_count; i++) submit(s, &s->tickets[c->tickets[i]]);
+    mailbox_flush(s->wires->down);
+    if (c->ticket_count == 0) {
+        start_timer(c, 0);
+    } else if (timeout > 0) {
+        start_timer(c, timeout);
+    }
+}
+
+/* The shortest of what the body, the protocol and the server say; 0 = none. */
+static double timeout_of(const service *s, const struct body *b, double given) {
+    const double all[] = {b->timeout_seconds, given, s->params->request_timeout};
+    double least = 0;
+    for (int i = 0; i < 3; i++) {
+        if (all[i] > 0 && (least == 0 || all[i] < least)) least = all[i];
+    }
+    return least;
+}
+
+static enum status open_call(call *c, const struct call_options *o, double *timeout) {
+    service *s = c->service;
+    struct load l;
+    TRY(read_body(s, o, &c->body));
+    l = load_of(&c->body);
+    TRY(check_room(s, &c->body, &l));
+    TRY(open_replies(c));
+    *timeout = timeout_of(s, &c->body, o->timeout_seconds);
+    c->ticket_count = l.tickets;
+    c->tickets = calloc((size_t)l.tickets + 1, sizeof *c->tickets);
+    c->timer = evtimer_new(s->base, l.tickets > 0 ? on_deadline : on_nothing_to_do, c);
+    if (!c->tickets || !c->timer) return fail(STATUS_MEMORY, "no memory for a request");
+    admit(c, &l, *timeout);
+    return STATUS_OK;
+}
+
+/* Not by service_free: it was never on the list. */
+static void discard(call *c) {
+    for (int i = 0; c->choices && i < c->choice_count; i++) reply_free(c->choices[i].reply);
+    if (c->timer) event_free(c->timer);
+    free(c->choices);
+    free(c->tickets);
+    body_fini(&c->body);
+    free(c);
+}
+
+static bool may_call(service *s, struct refused *why) {
+    enum { LOADING = 3, DRAINING };
+    switch (s->state) {
+        case SERVICE_READY:
+            return true;
+        case SERVICE_LOADING:
+            metric_add(s->metrics, METRIC_rejections, LOADING, 1);
+            *why = refused_as(REFUSAL_LOADING, NULL, "the model is loading: try again later");
+            return false;
+        case SERVICE_DRAINING:
+            metric_add(s->metrics, METRIC_rejections, DRAINING, 1);
+            *why = refused_as(REFUSAL_DRAINING, NULL, "the server is shutting down");
+            return false;
+        case SERVICE_DEAD:
+            break;
+    }
+    *why = refused_as(REFUSAL_DEAD, NULL, "a rank of this server is lost");
+    return false;
+}
+
+call *service_call(service *s, const struct call_options *o, struct refused *why) {
+    double timeout = 0;
+    if (!may_call(s, why)) {
+        json_decref(o->root);
+        return NULL;
+    }
+    call *c = calloc(1, sizeof *c);
+    if (!c) {
+        json_decref(o->root);
+        fail(STATUS_MEMORY, "no memory for a request");
+        *why = refused_last();
+        return NULL;
+    }
+    c->service = s;
+    c->arrival = service_clock();
+    c->created = (int64_t)time(NULL);
+    c->front = o->front;
+    c->user = o->user;
+    service_request_id(o->request_id, c->request_id);
+    service_random_hex(c->id);
+    snprintf(c->trace_id, sizeof c->trace_id, "%s", o->trace_id ? o->trace_id : "");
+    if (open_call(c, o, &timeout) == STATUS_OK) return c;
+    *why = refused_last();
+    if (why->kind == REFUSAL_OVERLOADED && s->params->overload_status == 1) why->http_status = 429;
+    why->prompt_tokens = c->body.too_long;
+    why->context = s->facts->max_model_len;
+    discard(c);
+    return NULL;
+}
+
+/* ---- what fronts may ask ---- */
+
+const struct body *call_body(const call *c) { return &c->body; }
+reply *call_reply(const call *c, int choice) { return c->choices[choice].reply; }
+int call_choice_count(const call *c) { return c->choice_count; }
+const char *call_request_id(const call *c) { return c->request_id; }
+const char *call_id(const call *c) { return c->id; }
+int64_t call_created(const call *c) { return c->created; }
+bool call_streams(const call *c) { return c->body.stream; }
+
+struct request_usage call_usage(const call *c) {
+    struct request_usage sum = {0};
+    const int n = c->body.request.choices;
+    for (int i = 0; i < c->choice_count; i++) {
+        struct reply_summary s;
+        reply_summarise(c->choices[i].reply, &s);
+        if (i % n == 0) {
+            sum.prompt_tokens += c->body.prompts[i / n].count;
+            sum.cached_tokens += s.usage.cached_tokens;
+        }
+        /* one thinking for all n: its steps are the first choice's alone (serving.md §3) */
+        const bool shared = c->body.request.share_thinking && i % n > 0;
+        sum.completion_tokens +=
+            s.usage.completion_tokens - (shared ? s.usage.reasoning_tokens : 0);
+        sum.reasoning_tokens += shared ? 0 : s.usage.reasoning_tokens;
+        sum.soft_steps += shared ? 0 : s.usage.soft_steps;
+    }
+    return sum;
+}

@@ -1,0 +1,397 @@
+/* http.c: the HTTP/1.1 front: listener, connections, access rules, dispatch (serving.md §1, §5-§7).
+ *
+ *   accept ─► libevent (parses, limits) ─► on_request ─► connection limit, headers, Host, path,
+ *                                                         OPTIONS, method, Origin, key, type ─► route
+ *
+ * libevent 2.1 has no limit on connections and tells nobody when an idle one closes. So a reference
+ * is kept on the bufferevent of each connection; libevent takes its callbacks away when it frees
+ * the connection, and a sweep finds those. A connection beyond the limit is told so (503) when its
+ * first request has come; beyond some more the listener rests until others have closed.
+ * Thread: net. Memory: a pointer a connection, an exchange a request.
+ */
+#include "serve/http.h"
+
+#include <event2/bufferevent.h>
+#include <event2/keyvalq_struct.h>
+#include <event2/listener.h>
+#include <netdb.h>
+#include <netinet/in.h>
+#include <netinet/tcp.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <strings.h>
+#include <unistd.h>
+
+#include "base/log.h"
+#include "serve/http_parts.h"
+
+enum { OVER_MAX = 64, SWEEP_SECONDS = 1 };
+
+/* ---- connections ---- */
+
+/* libevent has let go of it. */
+static bool is_closed(struct bufferevent *connection) {
+    bufferevent_data_cb read, write;
+    bufferevent_event_cb event;
+    void *user;
+    bufferevent_getcb(connection, &read, &write, &event, &user);
+    return !event;
+}
+
+static void sweep(struct http *h) {
+    int kept = 0;
+    for (int i = 0; i < h->connection_count; i++) {
+        if (is_closed(h->connections[i])) {
+            bufferevent_decref(h->connections[i]);
+        } else {
+            h->connections[kept++] = h->connections[i];
+        }
+    }
+    h->connection_count = kept;
+    if (h->resting && kept < h->connection_max + OVER_MAX) {
+        h->resting = false;
+        evconnlistener_enable(h->listener);
+    }
+}
+
+static void on_sweep(evutil_socket_t fd, short what, void *user) {
+    (void)fd;
+    (void)what;
+    sweep(user);
+}
+
+static struct bufferevent *on_accept(struct event_base *base, void *user) {
+    struct http *h = user;
+    struct bufferevent *connection = bufferevent_socket_new(base, -1, 0);
+    if (!connection) return NULL;
+    if (h->connection_count >= h->connection_max) sweep(h);
+    if (h->connection_count < h->connection_max + OVER_MAX) {
+        bufferevent_incref(connection);
+        h->connections[h->connection_count++] = connection;
+    }
+    if (h->connection_count == h->connection_max + OVER_MAX) {
+        h->resting = true;
+        evconnlistener_disable(h->listener);
+    }
+    return connection;
+}
+
+static bool is_over_limit(const struct http *h, struct evhttp_connection *connection) {
+    const struct bufferevent *given = evhttp_connection_get_bufferevent(connection);
+    for (int i = h->connection_max; i < h->connection_count; i++) {
+        if (h->connections[i] == given) return true;
+    }
+    return false;
+}
+
+/* ---- exchanges ---- */
+
+static const char *peer_of(const struct exchange *x) {
+    char *address = NULL;
+    ev_uint16_t port = 0;
+    evhttp_connection_get_peer(evhttp_request_get_connection(x->request), &address, &port);
+    return address;
+}
+
+const char *http_find(const struct exchange *x, const char *name) {
+    return evhttp_find_header(evhttp_request_get_input_headers(x->request), name);
+}
+
+static int count_headers(const struct exchange *x, const char *name) {
+    int n = 0;
+    for (const struct evkeyval *h = evhttp_request_get_input_headers(x->request)->tqh_first; h;
+         h = h->next.tqe_next) {
+        n += strcasecmp(h->key, name) == 0;
+    }
+    return n;
+}
+
+static bool has_prefix(const struct route *r) {
+    const size_t n = strlen(r->path);
+    return n > 1 && r->path[n - 1] == '/';
+}
+
+static const struct route *find_route(const char *path) {
+    for (int i = 0; i < http_route_count; i++) {
+        const struct route *r = &http_routes[i];
+        const bool same =
+            has_prefix(r) ? strncmp(path, r->path, strlen(r->path)) == 0 && path[strlen(r->path)]
+                          : strcmp(path, r->path) == 0;
+        if (same) return r;
+    }
+    return NULL;
+}
+
+static const char *allowed(const struct route *r) {
+    return r->method == ROUTE_GET ? "GET, HEAD, OPTIONS" : "POST, OPTIONS";
+}
+
+static void refuse(struct exchange *x, enum refusal kind, const char *text) {
+    const struct refused why = refused_as(kind, NULL, "%s", text);
+    http_reply_error(x, &why);
+}
+
+/* "http://127.0.0.1:8000" of a page that this server sent itself. */
+static bool is_own_origin(const char *origin, const char *host) {
+    const char *name = strstr(origin, "://");
+    return name && host && strcasecmp(name + 3, host) == 0;
+}
+
+static bool is_json(const char *type) {
+    static const char json[] = "application/json";
+    if (!type || strncasecmp(type, json, sizeof json - 1) != 0) return false;
+    type += sizeof json - 1;
+    return *type == '\0' || *type == ';' || *type == ' ';
+}
+
+/* Adds CORS headers; false when the origin is foreign and not listed. */
+static bool check_origin(struct exchange *x, const char *host) {
+    const char *origin = http_find(x, "Origin");
+    if (!origin || is_own_origin(origin, host)) return true;
+    if (!access_origin_ok(x->site->access, origin)) return false;
+    http_header(x, "Access-Control-Allow-Origin", origin);
+    http_header(x, "Access-Control-Expose-Headers", "X-Request-Id, Retry-After");
+    http_header(x, "Vary", "Origin");
+    return true;
+}
+
+static void preflight(struct exchange *x) {
+    http_header(x, "Allow", x->route ? allowed(x->route) : "GET, HEAD, POST, OPTIONS");
+    if (http_find(x, "Origin")) {
+        http_header(x, "Access-Control-Allow-Methods", "GET, HEAD, POST, OPTIONS");
+        http_header(x, "Access-Control-Allow-Headers",
+                    "authorization, content-type, x-request-id, traceparent");
+        http_header(x, "Access-Control-Max-Age", "600");
+    }
+    http_reply(x, 204, NULL, NULL, 0);
+}
+
+/* Everything that can be wrong before a route sees the request. False: answered. */
+static bool check(struct exchange *x, enum evhttp_cmd_type method) {
+    const struct access *access = x->site->access;
+    const char *host = http_find(x, "Host");
+    const char *key = http_find(x, "Authorization");
+    if (count_headers(x, "Host") != 1 || count_headers(x, "Content-Length") > 1 ||
+        (http_find(x, "Content-Length") && http_find(x, "Transfer-Encoding"))) {
+        http_header(x, "Connection", "close"); /* where the body ends is anybody's guess */
+        refuse(x, REFUSAL_INVALID,
+               "one Host header is needed, and at most one of Content-Length and "
+               "Transfer-Encoding");
+        return false;
+    }
+    if (!access_host_ok(access, host)) {
+        refuse(x, REFUSAL_FORBIDDEN,
+               "this server is bound to a loopback address and has no key: it answers only to "
+               "loopback names in Host");
+        return false;
+    }
+    if (!check_origin(x, host)) {
+        refuse(x, REFUSAL_FORBIDDEN, "this origin is not listed by --allowed-origins");
+        return false;
+    }
+    if (method == EVHTTP_REQ_OPTIONS) {
+        preflight(x);
+        return false;
+    }
+    if (!x->route) {
+        refuse(x, REFUSAL_NO_PATH, "there is nothing at this path");
+        return false;
+    }
+    const bool right = x->route->method == ROUTE_POST
+                           ? method == EVHTTP_REQ_POST
+                           : method == EVHTTP_REQ_GET || method == EVHTTP_REQ_HEAD;
+    if (!right) {
+        http_header(x, "Allow", allowed(x->route));
+        refuse(x, REFUSAL_METHOD, "this path does not know this method");
+        return false;
+    }
+    if (x->route->access == ROUTE_ADMIN && !access_needs_key(access) &&
+        !access_admin_ok(access, key, peer_of(x))) {
+        refuse(x, REFUSAL_FORBIDDEN,
+               "/admin needs a key, or a loopback client of a server bound to loopback");
+        return false;
+    }
+    if (x->route->access != ROUTE_OPEN && !access_key_ok(access, key)) {
+        http_header(x, "WWW-Authenticate", "Bearer");
+        refuse(x, REFUSAL_UNAUTHORIZED, "a valid key is needed: Authorization: Bearer KEY");
+        return false;
+    }
+    if (method == EVHTTP_REQ_POST && !is_json(http_find(x, "Content-Type"))) {
+        refuse(x, REFUSAL_MEDIA_TYPE, "the body must be sent as Content-Type: application/json");
+        return false;
+    }
+    return true;
+}
+
+static void on_request(struct evhttp_request *request, void *user) {
+    struct http *h = user;
+    const enum evhttp_cmd_type method = evhttp_request_get_command(request);
+    const struct evhttp_uri *uri = evhttp_request_get_evhttp_uri(request);
+    struct exchange *x = calloc(1, sizeof *x);
+    if (!x) {
+        evhttp_send_error(request, 503, NULL);
+        return;
+    }
+    x->http = h;
+    x->site = &h->site;
+    x->request = request;
+    x->begin = service_clock();
+    x->head = method == EVHTTP_REQ_HEAD;
+    x->path = uri ? evhttp_uri_get_path(uri) : NULL;
+    if (!x->path || !*x->path) x->path = "/";
+    x->query = uri ? evhttp_uri_get_query(uri) : NULL;
+    x->route = find_route(x->path);
+    service_request_id(http_find(x, "X-Request-Id"), x->request_id);
+    service_trace_id(http_find(x, "traceparent"), x->trace_id);
+    if (is_over_limit(h, evhttp_request_get_connection(request))) {
+        enum { CONNECTIONS = 2 };
+        metric_add(h->site.metrics, METRIC_rejections, CONNECTIONS, 1);
+        http_header(x, "Connection", "close");
+        refuse(x, REFUSAL_OVERLOADED, "too many connections (--max-connections)");
+        return;
+    }
+    if (check(x, method)) x->route->run(x);
+}
+
+/* ---- a route keeps its exchange ---- */
+
+/* libevent frees the connection, and has taken the request out of it: the request is ours. */
+static void on_closed(struct evhttp_connection *connection, void *user) {
+    struct exchange *x = user;
+    (void)connection;
+    struct evhttp_request *request = x->request;
+    if (x->on_gone) x->on_gone(x);
+    http_forget(x, 499);
+    if (!evhttp_request_get_connection(request)) evhttp_request_free(request);
+}
+
+void http_hold(struct exchange *x) {
+    struct evhttp_connection *connection = evhttp_request_get_connection(x->request);
+    /* The idle limit would count from the request's last byte, however long thinking takes. */
+    bufferevent_set_timeouts(evhttp_connection_get_bufferevent(connection), NULL, NULL);
+    evhttp_connection_set_closecb(connection, on_closed, x);
+    x->held = true;
+}
+
+void http_let_go(struct exchange *x) {
+    static const struct timeval idle = {.tv_sec = HTTP_IDLE_SECONDS};
+    struct evhttp_connection *connection = evhttp_request_get_connection(x->request);
+    if (!x->held) return;
+    x->held = false;
+    evhttp_connection_set_closecb(connection, NULL, NULL);
+    bufferevent_set_timeouts(evhttp_connection_get_bufferevent(connection), &idle, &idle);
+}
+
+const char *http_body(struct exchange *x, size_t *n) {
+    struct evbuffer *body = evhttp_request_get_input_buffer(x->request);
+    *n = evbuffer_get_length(body);
+    return *n > 0 ? (const char *)evbuffer_pullup(body, -1) : "";
+}
+
+/* ---- the front ---- */
+
+static enum status listen_at(struct http *h) {
+    const struct params *p = h->site.params;
+    const struct addrinfo hints = {.ai_socktype = SOCK_STREAM, .ai_flags = AI_PASSIVE};
+    struct addrinfo *found = NULL;
+    char port[8], host[256];
+    snprintf(port, sizeof port, "%d", (int)p->port);
+    snprintf(host, sizeof host, "%s", p->host);
+    if (*host == '[') { /* [::1] */
+        memmove(host, host + 1, strlen(host));
+        host[strcspn(host, "]")] = '\0';
+    }
+    const int error = getaddrinfo(host, port, &hints, &found);
+    if (error) return fail(STATUS_USAGE, "--host %s: %s", p->host, gai_strerror(error));
+    h->listener = evconnlistener_new_bind(
+        h->site.base, NULL, NULL, LEV_OPT_CLOSE_ON_FREE | LEV_OPT_CLOSE_ON_EXEC | LEV_OPT_REUSEABLE,
+        HTTP_BACKLOG, found->ai_addr, (int)found->ai_addrlen);
+    const int because = EVUTIL_SOCKET_ERROR();
+    freeaddrinfo(found);
+    if (!h->listener) {
+        return fail(STATUS_USAGE, "cannot listen at %s port %d: %s: choose another --port", p->host,
+                    (int)p->port, evutil_socket_error_to_string(because));
+    }
+    const int on = 1; /* accepted sockets inherit it */
+    setsockopt(evconnlistener_get_fd(h->listener), IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
+    return STATUS_OK;
+}
+
+static void http_close(void *state) {
+    struct http *h = state;
+    if (!h) return;
+    if (h->sweep) event_free(h->sweep);
+    if (h->evhttp) {
+        evhttp_free(h->evhttp); /* with the listener, once it is bound */
+    } else if (h->listener) {
+        evconnlistener_free(h->listener);
+    }
+    for (int i = 0; i < h->connection_count; i++) bufferevent_decref(h->connections[i]);
+    free(h->connections);
+    free(h);
+}
+
+static enum status http_open(const struct front_site *site, void **state) {
+    static const struct timeval often = {.tv_sec = SWEEP_SECONDS};
+    enum status status;
+    *state = NULL;
+    struct http *h = calloc(1, sizeof *h);
+    if (!h) return fail(STATUS_MEMORY, "no memory for HTTP");
+    h->site = *site;
+    h->connection_max = (int)site->params->max_connections;
+    h->connections = calloc((size_t)h->connection_max + OVER_MAX, sizeof *h->connections);
+    h->sweep = event_new(site->base, -1, EV_PERSIST, on_sweep, h);
+    TRY_GOTO(listen_at(h), out);
+    struct evhttp *evhttp = evhttp_new(site->base);
+    if (!evhttp || !h->connections || !h->sweep || !evhttp_bind_listener(evhttp, h->listener)) {
+        if (evhttp) evhttp_free(evhttp);
+        TRY_GOTO(fail(STATUS_MEMORY, "no memory for HTTP"), out);
+    }
+    h->evhttp = evhttp;
+    evhttp_set_max_headers_size(evhttp, HTTP_HEADERS_MAX);
+    evhttp_set_max_body_size(evhttp, (ev_ssize_t)site->params->max_body_bytes);
+    evhttp_set_timeout(evhttp, HTTP_IDLE_SECONDS);
+    evhttp_set_default_content_type(evhttp, NULL);
+    evhttp_set_allowed_methods(evhttp, EVHTTP_REQ_GET | EVHTTP_REQ_POST | EVHTTP_REQ_HEAD |
+                                           EVHTTP_REQ_PUT | EVHTTP_REQ_DELETE | EVHTTP_REQ_OPTIONS |
+                                           EVHTTP_REQ_TRACE | EVHTTP_REQ_CONNECT |
+                                           EVHTTP_REQ_PATCH);
+    evhttp_set_bevcb(evhttp, on_accept, h);
+    evhttp_set_gencb(evhttp, on_request, h);
+    event_add(h->sweep, &often);
+    *state = h;
+    return STATUS_OK;
+out:
+    http_close(h);
+    return status;
+}
+
+static int http_port(const void *state) {
+    const struct http *h = state;
+    struct sockaddr_storage address;
+    socklen_t n = sizeof address;
+    if (getsockname(evconnlistener_get_fd(h->listener), (struct sockaddr *)&address, &n) != 0)
+        return 0;
+    const struct sockaddr_in *v4 = (const struct sockaddr_in *)&address;
+    const struct sockaddr_in6 *v6 = (const struct sockaddr_in6 *)&address;
+    return ntohs(address.ss_family == AF_INET6 ? v6->sin6_port : v4->sin_port);
+}
+
+static bool http_busy(const void *state) {
+    const struct http *h = state;
+    for (int i = 0; i < h->connection_count; i++) {
+        struct bufferevent *connection = h->connections[i];
+        if (is_closed(connection)) continue;
+        if (evbuffer_get_length(bufferevent_get_output(connection)) > 0) return true;
+    }
+    return false;
+}
+
+const struct front http_front = {
+    .name = "http",
+    .open = http_open,
+    .port = http_port,
+    .busy = http_busy,
+    .close = http_close,
+};

@@ -1,0 +1,162 @@
+/* http_reply.c: answers: whole bodies, errors, event streams (serving.md §4.2, §5). */
+#include <event2/bufferevent.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "serve/http_parts.h"
+
+void http_header(struct exchange *x, const char *name, const char *value) {
+    evhttp_add_header(evhttp_request_get_output_headers(x->request), name, value);
+}
+
+void http_forget(struct exchange *x, int status) {
+    struct metrics *m = x->site->metrics;
+    const int handler = x->route ? (int)(x->route - http_routes) : http_route_count;
+    enum { METHODS = 3, STATUSES = 4, OTHER = 2 };
+    const int method = !x->route ? OTHER : x->route->method == ROUTE_GET ? 0 : 1;
+    const int class = status / 100 - 2;
+    if (class >= 0 && class < STATUSES) {
+        metric_add(m, METRIC_http_requests, (handler * METHODS + method) * STATUSES + class, 1);
+    }
+    metric_observe(m, METRIC_http_time, handler, service_clock() - x->begin);
+    if (x->chunk) evbuffer_free(x->chunk);
+    free(x);
+}
+
+/* Headers of every answer. */
+static void common_headers(struct exchange *x) {
+    http_header(x, "X-Request-Id", x->request_id);
+    if (service_get_state(x->site->service) == SERVICE_DRAINING) {
+        http_header(x, "Connection", "close");
+    }
+}
+
+static const char *reason_of(int status) {
+    switch (status) {
+        case 200:
+            return "OK";
+        case 202:
+            return "Accepted";
+        case 204:
+            return "No Content";
+        case 400:
+            return "Bad Request";
+        case 401:
+            return "Unauthorized";
+        case 403:
+            return "Forbidden";
+        case 404:
+            return "Not Found";
+        case 405:
+            return "Method Not Allowed";
+        case 415:
+            return "Unsupported Media Type";
+        case 429:
+            return "Too Many Requests";
+        case 500:
+            return "Internal Server Error";
+        case 503:
+            return "Service Unavailable";
+        case 504:
+            return "Gateway Timeout";
+        default:
+            return "Status";
+    }
+}
+
+void http_reply(struct exchange *x, int status, const char *type, const void *bytes, size_t n) {
+    struct evhttp_request *request = x->request;
+    struct evbuffer *body = evbuffer_new();
+    char length[32];
+    http_let_go(x);
+    common_headers(x);
+    if (type) http_header(x, "Content-Type", type);
+    if (x->head) {
+        snprintf(length, sizeof length, "%zu", n);
+        http_header(x, "Content-Length", length);
+    } else if (body) {
+        evbuffer_add(body, bytes, n);
+    }
+    http_forget(x, status);
+    evhttp_send_reply(request, status, reason_of(status), body);
+    if (body) evbuffer_free(body);
+}
+
+void http_reply_json(struct exchange *x, int status, const struct json_writer *w) {
+    if (w->failed) {
+        static const char text[] =
+            "{\"error\":{\"message\":\"no memory for the answer\",\"type\":\"server_error\","
+            "\"param\":null,\"code\":\"internal_error\"}}";
+        http_reply(x, 500, "application/json", text, sizeof text - 1);
+        return;
+    }
+    http_reply(x, status, "application/json", w->bytes, w->n);
+}
+
+void http_reply_error(struct exchange *x, const struct refused *why) {
+    struct json_writer w;
+    char seconds[16];
+    json_writer_init(&w);
+    refused_write(why, &w);
+    if (why->retry_after_seconds > 0) {
+        snprintf(seconds, sizeof seconds, "%d", why->retry_after_seconds);
+        http_header(x, "Retry-After", seconds);
+    }
+    http_reply_json(x, why->http_status, &w);
+    json_writer_fini(&w);
+}
+
+/* ---- streams ---- */
+
+void http_stream_begin(struct exchange *x) {
+    common_headers(x);
+    http_header(x, "Content-Type", "text/event-stream; charset=utf-8");
+    http_header(x, "Cache-Control", "no-cache");
+    http_header(x, "X-Accel-Buffering", "no");
+    x->streaming = true;
+    evhttp_send_reply_start(x->request, 200, reason_of(200));
+}
+
+static struct evbuffer *output_of(const struct exchange *x) {
+    struct evhttp_connection *connection = evhttp_request_get_connection(x->request);
+    return bufferevent_get_output(evhttp_connection_get_bufferevent(connection));
+}
+
+static void send_chunk(struct exchange *x, const char *before, const void *bytes, size_t n) {
+    struct evbuffer *chunk = x->chunk;
+    if (!chunk) chunk = x->chunk = evbuffer_new();
+    if (!chunk) return;
+    evbuffer_add(chunk, before, strlen(before));
+    evbuffer_add(chunk, bytes, n);
+    evbuffer_add(chunk, "\n\n", 2);
+    evhttp_send_reply_chunk(x->request, chunk);
+}
+
+/* What was left unsent before this event counts: one event may be larger than the limit. */
+bool http_stream_data(struct exchange *x, const void *bytes, size_t n) {
+    const size_t unsent = evbuffer_get_length(output_of(x));
+    if (unsent > (size_t)x->site->params->stream_buffer) return false;
+    send_chunk(x, "data: ", bytes, n);
+    return true;
+}
+
+void http_stream_comment(struct exchange *x, const char *text) {
+    send_chunk(x, ": ", text, strlen(text));
+}
+
+void http_stream_end(struct exchange *x, bool close) {
+    struct evhttp_request *request = x->request;
+    http_let_go(x);
+    /* The headers are out; libevent looks here again when the last byte has been written. */
+    if (close) http_header(x, "Connection", "close");
+    http_forget(x, 200);
+    evhttp_send_reply_end(request);
+}
+
+void http_cut(struct exchange *x) {
+    struct evhttp_connection *connection = evhttp_request_get_connection(x->request);
+    http_let_go(x);
+    http_forget(x, 499);
+    evhttp_connection_free(connection);
+}
