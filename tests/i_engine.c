@@ -1,9 +1,10 @@
 /* i_engine.c: the engine with models/tiny on 1, 2, 3, 4, 8 ranks.
  *
- * Rank 0 drives, the others follow. Rank 0 also holds the whole model alone, so equality over ranks is
- * checked inside one job: the same scripted workload (all modes, late arrivals, cancels, score) must give the
- * same sum of decision hashes on R = 1, 2, 4, 8 ranks and on one; other R must repeat themselves under another
- * schedule. Golden traces (tests/data/golden/tiny_soft.vec) come from transformers and numpy.
+ * Rank 0 drives, the others follow. Rank 0 also holds the whole model alone, so equality over ranks
+ * is checked inside one job: the same scripted workload (all modes, late arrivals, cancels, score)
+ * must give the same sum of decision hashes on R = 1, 2, 4, 8 ranks and on one; other R must repeat
+ * themselves under another schedule. Golden traces (tests/data/golden/tiny_soft.vec) come from
+ * transformers and numpy.
  */
 #include "comm/comm_path.h"
 #include "engine/engine.h"
@@ -97,7 +98,7 @@ void suite_teardown(void) {
 
 static bool exact_ranks(void) { return (comm_size(job) & (comm_size(job) - 1)) == 0; }
 
-/* --- the workload ------------------------------------------------------------------------------------ */
+/* ---- the workload ---- */
 
 /* Prompts of models/tiny end with <think>; its ids are read from the golden file. */
 static uint32_t base_prompt[PROMPT_MAX];
@@ -315,7 +316,7 @@ static void test_score_of_trace(void) {
     CU_ASSERT(isnan(recorded[12].next_logprobs[base_count + run->count - 1]));
 }
 
-/* --- golden traces ----------------------------------------------------------------------------------- */
+/* ---- golden traces ---- */
 
 static struct request request_of_run(const struct vec_file *v) {
     static const struct {
@@ -361,8 +362,9 @@ static void on_golden_event(void *user, const struct engine_event *ev) {
     r->thinking_end = ev->thinking_end;
 }
 
-/* Compares one step; false when the traces part (legitimately, at a near-tie), after which inputs differ.
- * The tolerance is that of a free run: rounding differences of a step come back through its mixture. */
+/* Compares one step; false when the traces part (legitimately, at a near-tie), after which inputs
+ * differ. The tolerance is that of a free run: rounding differences of a step come back through its
+ * mixture. */
 static bool golden_step(const struct vec_file *v, const struct think_decision *d, double *worst) {
     const bool soft = v->word_count > 7 || strchr(v->words[v->word_count - 1], ':') != NULL;
     const float margin = vec_value_float(v, "margin"),

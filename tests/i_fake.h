@@ -1,10 +1,11 @@
 /* i_fake.h: a model and ranks that are not there, for tests of the engine alone. Include once.
  *
- * The fake keeps a paged cache like a real model: each position stores a digest of its inputs in its page,
- * and a row's logits are a function of the digests it reads through its page table, 0 .. its position. So a
- * wrong page, a missing row, a stale or overwritten cache, a concept token that is not exactly what was fed
- * before: all change the logits. R ranks are played in one process: model_step makes every rank's records
- * (statistics slab by slab along the tree), comm_gather hands them over.
+ * The fake keeps a paged cache like a real model: each position stores a digest of its inputs in
+ * its page, and a row's logits are a function of the digests it reads through its page table, 0 ..
+ * its position. So a wrong page, a missing row, a stale or overwritten cache, a concept token that
+ * is not exactly what was fed before: all change the logits. R ranks are played in one process:
+ * model_step makes every rank's records (statistics slab by slab along the tree), comm_gather hands
+ * them over.
  */
 #ifndef SFUMATO_TESTS_I_FAKE_H
 #define SFUMATO_TESTS_I_FAKE_H
@@ -55,7 +56,8 @@ static uint64_t fake_input_digest(const uint32_t *ids, const float *weights, int
     return h;
 }
 
-/* Raw logits after a prefix whose folded digest is `state`: roughly normal, sometimes sharply peaked. */
+/* Raw logits after a prefix whose folded digest is `state`: roughly normal, sometimes sharply
+ * peaked. */
 static void fake_logits(uint64_t state, float out[FAKE_VOCAB]) {
     const uint64_t kind = fake_mix(state, 11) % 8;
     const float scale = kind < 2 ? 0.3f : kind < 6 ? 2.0f : 5.0f;
@@ -157,7 +159,7 @@ static unsigned char *fake_gather_room(size_t bytes) {
     return fake.gather;
 }
 
-/* --- the functions the engine calls ------------------------------------------------------------------ */
+/* ---- the functions the engine calls ---- */
 
 void model_step(model *m, const struct batch *b, void *records) {
     (void)m;

@@ -1,4 +1,5 @@
-/* i_merge.c: ranks' records become one answer; impossible records are refused with the rank's name. */
+/* i_merge.c: ranks' records become one answer; impossible records are refused with the rank's name.
+ */
 #include "base/fmath.h"
 #include "engine/merge.h"
 #include "suite.h"
@@ -98,7 +99,8 @@ static void test_absent(void) {
     CU_ASSERT(got.m == -INFINITY);
 }
 
-/* Adjacent pairs, an odd one out moves up: ((0+1)+2), bit for bit, and order matters in this data. */
+/* Adjacent pairs, an odd one out moves up: ((0+1)+2), bit for bit, and order matters in this data.
+ */
 static void test_tree(void) {
     int differs = 0;
     for (uint32_t seed = 0; seed < 50; seed++) {

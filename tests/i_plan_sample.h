@@ -1,6 +1,7 @@
 /* i_plan_sample.h: a plan with every kind of array in it, for i_plan.c and fuzz_plan.c.
  *
- * Three segments (a chunk, a decode row, a chunk with a soft position), two logit rows, three probes.
+ * Three segments (a chunk, a decode row, a chunk with a soft position), two logit rows, three
+ * probes.
  */
 #ifndef SFUMATO_TESTS_I_PLAN_SAMPLE_H
 #define SFUMATO_TESTS_I_PLAN_SAMPLE_H

@@ -1,8 +1,10 @@
-/* i_sched.c: the engine over a fake model (i_fake.h): scheduling may not change a bit (verification.md §5.1).
+/* i_sched.c: the engine over a fake model (i_fake.h): scheduling may not change a bit
+ * (verification.md §5.1).
  *
- * The reference is a loop over one sequence without engine, pages, chunks or merging: it folds the inputs,
- * edits and sorts the whole row, and calls think_step with the complete list. Everything the engine can do to
- * a request (batch, chunk, preempt, share, cache, cancel, spread over ranks) must give the same decisions.
+ * The reference is a loop over one sequence without engine, pages, chunks or merging: it folds the
+ * inputs, edits and sorts the whole row, and calls think_step with the complete list. Everything
+ * the engine can do to a request (batch, chunk, preempt, share, cache, cancel, spread over ranks)
+ * must give the same decisions.
  */
 #include <sys/wait.h>
 
@@ -58,7 +60,7 @@ static void run_clear(struct run *run) {
     memset(run, 0, sizeof *run);
 }
 
-/* --- scripted requests ------------------------------------------------------------------------------- */
+/* ---- scripted requests ---- */
 
 static uint64_t seed_now;
 static uint32_t draw_index;
@@ -87,8 +89,8 @@ static struct request plain_request(uint64_t id) {
     return r;
 }
 
-/* Prompt of script i: length positions, some of them soft when asked. group: scripts of one group share
- * their first positions. */
+/* Prompt of script i: length positions, some of them soft when asked. group: scripts of one group
+ * share their first positions. */
 static void make_prompt(struct script *s, int length, bool soft, uint32_t group) {
     int n = 0;
     for (int p = 0; p < length; p++) {
@@ -169,7 +171,7 @@ static void make_script(int i, bool with_choices) {
     }
 }
 
-/* --- reference --------------------------------------------------------------------------------------- */
+/* ---- reference ---- */
 
 static uint64_t fold_prompt(const struct request *r, int64_t count) {
     uint64_t state = 1;
@@ -250,7 +252,8 @@ static void reference_score(const struct request *r, struct run *run) {
     run->finish = FINISH_REASON_LENGTH;
 }
 
-/* Steps one choice until it ends or, with until_end, until its thinking ended. Returns whether it ended. */
+/* Steps one choice until it ends or, with until_end, until its thinking ended. Returns whether it
+ * ended. */
 static bool reference_steps(const struct request *r, const struct think_params *p,
                             struct think_state *st, uint64_t *state, struct run *run,
                             bool until_end) {
@@ -337,7 +340,7 @@ static void make_scripts(uint64_t seed, int count, bool with_choices) {
     }
 }
 
-/* --- running the engine ------------------------------------------------------------------------------ */
+/* ---- running the engine ---- */
 
 static engine *live;
 static int finished_choices;
@@ -465,7 +468,7 @@ static void check_way(int count, const struct way *w) {
     check_all(count);
 }
 
-/* --- tests ------------------------------------------------------------------------------------------- */
+/* ---- tests ---- */
 
 static void test_alone(void) {
     make_scripts(1, 40, false);

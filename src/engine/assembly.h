@@ -1,9 +1,9 @@
-/* assembly.h: the scheduler's rows become a batch: inputs, pages, questions (engine-internal, rank
- * 0).
+/* assembly.h: the scheduler's rows become a batch: inputs, pages, questions (rank 0).
  *
  * For each row whose logits are wanted an `ask` remembers who asked and which probes answer it:
  *   own probe   at the step's temperature, with the sequence's edits; watches the close marker
  *   raw probe   T = 1 without edits, for logprobs; the same probe when the own one is raw already
+ *
  * Refuses to know: why a row was chosen, what becomes of the answer. Thread: engine. Memory: fixed
  * arrays of the plan's limits, taken in assembly_init; `batch` points into them.
  */

@@ -3,9 +3,9 @@
  *   records ─► merge ─► think_step ─┬─ list too short ─► fetch the whole row ─► think_step
  *                                   └─► append the concept token ─► event ─► end?
  *
- * Every decision depends on the sequence's own inputs, parameters and seed only: the row looks at its own
- * number of candidates even when neighbours made the records longer, and nothing of the scheduler's state is
- * read here. Thread: engine. Memory: the engine's.
+ * Every decision depends on the sequence's own inputs, parameters and seed only: the row looks at
+ * its own number of candidates even when neighbours made the records longer, and nothing of the
+ * scheduler's state is read here. Thread: engine. Memory: the engine's.
  */
 #include <math.h>
 #include <stdio.h>
@@ -94,7 +94,8 @@ static uint64_t hash_words(uint64_t h, const void *words, int count) {
     return h;
 }
 
-/* Decisions are added up, so the hash does not depend on the order in which sequences take turns. */
+/* Decisions are added up, so the hash does not depend on the order in which sequences take turns.
+ */
 static void count_decision(struct engine *e, const struct sequence *s, uint32_t step,
                            const struct think_decision *d) {
     const uint64_t id = s->task->request.id;

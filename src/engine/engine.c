@@ -4,9 +4,9 @@
  *   tick:   sched_plan ─► assembly_make ─► step_send ─► step_forward ─► sched_computed ─► decide_row each
  *   end:    pages back, last event; the task is freed once all its sequences are done and no tick runs
  *
- * A callback may cancel anything at any time, so whoever holds a sequence across an event looks at its state
- * again; memory stays until the end of the tick. Thread: engine. Memory: all fixed arrays in engine_new;
- * a task per request; what grows is named in sequence.h.
+ * A callback may cancel anything at any time, so whoever holds a sequence across an event looks at
+ * its state again; memory stays until the end of the tick. Thread: engine. Memory: all fixed arrays
+ * in engine_new; a task per request; what grows is named in sequence.h.
  */
 #include "engine/engine.h"
 
@@ -100,7 +100,7 @@ void engine_free(engine *e) {
     free(e);
 }
 
-/* --- submit ----------------------------------------------------------------------------------------- */
+/* ---- submit ---- */
 
 static struct task *find_task(const engine *e, uint64_t id) {
     struct task *t = e->tasks;
@@ -159,7 +159,7 @@ enum status engine_submit(engine *e, const struct request *r) {
     return STATUS_OK;
 }
 
-/* --- ends ------------------------------------------------------------------------------------------- */
+/* ---- ends ---- */
 
 static void free_finished_tasks(engine *e) {
     if (e->in_tick || e->finished_tasks == 0) return;
@@ -242,7 +242,7 @@ void engine_cancel(engine *e, uint64_t request_id, int choice, bool quiet) {
 
 void engine_preempt(engine *e) { sched_preempt_youngest(&e->sched); }
 
-/* --- tick ------------------------------------------------------------------------------------------- */
+/* ---- tick ---- */
 
 bool engine_tick(engine *e) {
     if (e->sched.waiting_count + e->sched.running_count == 0) return false;

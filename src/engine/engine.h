@@ -1,12 +1,13 @@
 /* engine.h: rank 0's continuous-batching engine, and the loop of every other rank.
  *
- *   submit ─► waiting queue ─► admit ─► plan ─► bcast ─► model_step ─► gather ─► think_step per row
- * ─► events
+ *   submit ─► waiting ─► admit ─► plan ─► bcast ─► model_step ─► gather ─► think_step ─► events
  *
  * Rank 0 alone knows requests, policy, randomness and output; the others repeat what the plan says
  * (engine_follow). A sequence's output does not depend, byte for byte, on what else is in the
- * batch, on chunk size, on preemption, or on prefix-cache hits. After engine_new nothing is
- * allocated in a tick, except by engine_submit for the request itself. Thread: engine.
+ * batch, on chunk size, on preemption, or on prefix-cache hits.
+ *
+ * Thread: engine. Memory: engine_new takes everything of fixed size, engine_submit what one request
+ * needs; in a tick only the record of what a sequence made grows (sequence.h).
  */
 #ifndef SFUMATO_ENGINE_ENGINE_H
 #define SFUMATO_ENGINE_ENGINE_H
@@ -36,8 +37,9 @@ int engine_probes_max(const struct engine_options *options);
 
 typedef void (*engine_event_fn)(void *user, const struct engine_event *event);
 
-/* Rank 0. The event function runs inside engine_tick and engine_cancel; it may call engine_submit and
- * engine_cancel. options are cut to what can be used: sequences to rows, lengths to the page pool. */
+/* Rank 0. The event function runs inside engine_tick and engine_cancel; it may call engine_submit
+ * and engine_cancel. options are cut to what can be used: sequences to rows, lengths to the page
+ * pool. */
 enum status engine_new(model *m, comm *c, const struct engine_options *options,
                        engine_event_fn on_event, void *user, engine **out);
 void engine_free(engine *e);
@@ -45,13 +47,14 @@ void engine_free(engine *e);
 /* Copies and queues. STATUS_REQUEST: can never run (too long, n too large), with param;
  * STATUS_BUSY: queue full. */
 enum status engine_submit(engine *e, const struct request *r);
-/* choice < 0: all choices. Pages go back at once. Gives an ENGINE_FINISHED event with FINISH_REASON_ABORT
- * unless quiet; nothing more comes from the choice. Unknown or finished ones are ignored. */
+/* choice < 0: all choices. Pages go back at once. Gives an ENGINE_FINISHED event with
+ * FINISH_REASON_ABORT unless quiet; nothing more comes from the choice. Unknown or finished ones
+ * are ignored. */
 void engine_cancel(engine *e, uint64_t request_id, int choice, bool quiet);
 /* Runs one step. False when there is nothing to do (nothing was sent to the other ranks). */
 bool engine_tick(engine *e);
-/* Evicts the youngest running sequence as if pages had run out; nothing it says may change by it. For tests
- * (also: SFUMATO_FAULT=preempt:0:N, before every N-th tick). */
+/* Evicts the youngest running sequence as if pages had run out; nothing it says may change by it.
+ * For tests (also: SFUMATO_FAULT=preempt:0:N, before every N-th tick). */
 void engine_preempt(engine *e);
 /* Tells the other ranks to leave engine_follow. Once, after the last tick. */
 void engine_stop(engine *e);

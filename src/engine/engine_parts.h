@@ -1,4 +1,4 @@
-/* engine_parts.h: what engine.c, decide.c and share.c know of one another (engine-internal, rank 0).
+/* engine_parts.h: what engine.c, decide.c and share.c know of one another (rank 0).
  *
  *   engine.c   life: new, submit, cancel, tick, counters
  *   decide.c   one row's answer: merge ─► think_step ─► books ─► events
@@ -63,7 +63,8 @@ void engine_end(struct engine *e, struct sequence *s, const struct ending *endin
 /* decide.c: answers one row from e->gathered. */
 void decide_row(struct engine *e, const struct ask *ask);
 
-/* share.c: after choice 0 of a sharing task was decided (and its event sent). ending: NULL while it goes on. */
+/* share.c: after choice 0 of a sharing task was decided (and its event sent). ending: NULL while it
+ * goes on. */
 void share_step(struct engine *e, struct sequence *s, const struct step_report *report);
 void share_after_step(struct engine *e, struct sequence *s, const struct think_decision *d,
                       const struct ending *ending);

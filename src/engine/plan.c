@@ -1,15 +1,16 @@
 /* plan.c: see plan.h.
  *
- *   | header | segments | pages | mix_begin | mix_ids | mix_weights | logit_rows | probes | edits |
- * watch |
+ *   | header | segments | pages | mix_begin | mix_ids | mix_weights |
+ *            | logit_rows | probes | edits | watch_ids |
  *
  * There is one layout for given counts: arrays in this order, each at the next multiple of 8,
  * padding zero. So the header carries counts only, and a message whose length is not exactly what
  * its counts give is refused; a plan has one encoding, and equal plans are equal bytes. plan_view
  * reads nothing before it has checked that it is inside the message, and believes nothing it has
  * not checked: the backend indexes with these numbers. It copies nothing. Byte order and struct
- * layout are the host's: all ranks run one build (comm_agree_equal at start-up). Thread: any.
- * Memory: none.
+ * layout are the host's: all ranks run one build (comm_agree_equal at start-up).
+ *
+ * Thread: any. Memory: none.
  */
 #include "engine/plan.h"
 

@@ -1,8 +1,8 @@
 /* plan.h: the flat message rank 0 sends before each step; a POD without pointers.
  *
- * It can be logged, replayed, compared and fuzzed. One plan = header + arrays, each 8-byte aligned,
- * at offsets written in the header; plan_view checks every count and range before any rank uses it
- * (a plan from a broken peer must not crash the others).
+ * It can be logged, replayed, compared and fuzzed. One plan = header with the counts + arrays, each
+ * 8-byte aligned, one after the other; plan_view checks every count and range before any rank uses
+ * it (a plan from a broken peer must not crash the others).
  */
 #ifndef SFUMATO_ENGINE_PLAN_H
 #define SFUMATO_ENGINE_PLAN_H

@@ -39,9 +39,10 @@ struct request {
     uint64_t id;                  /* the caller's; unique among live requests */
     struct request_inputs prompt; /* at least one position */
     int choices;                  /* n */
-    /* One thinking (choice 0's draws), n answers on shared pages. The steps of the shared part come as
-     * events of every choice, but count in choice 0's usage only; if choice 0 ends inside it, all end alike.
-     * When thinking does not start within the first steps (SHARING_OPEN_STEPS), each choice is on its own. */
+    /* One thinking (choice 0's draws), n answers on shared pages. The steps of the shared part come
+     * as events of every choice, but count in choice 0's usage only; if choice 0 ends inside it,
+     * all end alike. When thinking does not start within the first steps (SHARING_OPEN_STEPS), each
+     * choice is on its own. */
     bool share_thinking;
     struct think_params think;      /* choice is set by the engine */
     int64_t max_tokens, min_tokens; /* steps; max_tokens >= 1 (0 only with score) */
@@ -53,8 +54,8 @@ struct request {
     bool logprobs;
     int top_logprobs; /* 0..REQUEST_TOP_LOGPROBS_MAX */
     /* score: no generation. Every position of `prompt` gives one ENGINE_SCORED event with H (at
-     * think.thinking.temperature), the top `top_logprobs` at T = 1 and ln p of the next element; then
-     * ENGINE_FINISHED with FINISH_REASON_LENGTH. */
+     * think.thinking.temperature), the top `top_logprobs` at T = 1 and ln p of the next element;
+     * then ENGINE_FINISHED with FINISH_REASON_LENGTH. */
     bool score;
 };
 

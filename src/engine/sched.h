@@ -1,17 +1,20 @@
 /* sched.h: which rows the next step works on, and who holds which pages (engine-internal, rank 0).
  *
- *   waiting (by arrival) ──admit──► running (by arrival) ──plan──► work: sequence + rows of this
- * step ▲                          │ └────── preempt youngest ──┘   when pages run out
+ *   waiting (by arrival) ──admit──► running (by arrival) ──plan──► works: sequence, rows
+ *            ▲                          │
+ *            └─────preempt youngest─────┘   when pages run out
  *
  * Owns the queue, the slots and the page pool. Every running sequence is treated alike: it has
  * inputs up to `total` and keys and values up to `computed`; decoding is the case where one is
  * missing, prefill and the rebuilding after preemption the case where more are. Decode rows go
  * first, the rest of max_batched_tokens is filled with chunks, oldest first. The oldest sequence
- * can always go on (it may take everyone's pages), so all end. Invariants: running and waiting are
- * sorted by arrival; a running sequence is older than every waiting one that was never admitted; a
- * page is written by one sequence only, and shared only when it is full. Nothing here may reach a
- * decision: it chooses when rows run, never what they give. Refuses to know: logits, thinking,
- * events. Thread: engine. Memory: fixed, from sched_init.
+ * can always go on (it may take everyone's pages), so all end.
+ *
+ * Invariants: running and waiting are sorted by arrival; a page is written by one sequence only, and
+ * shared only when it is full. Nothing here may reach a decision: it chooses when rows run, never what
+ * they give.
+ *
+ * Refuses to know: logits, thinking, events. Thread: engine. Memory: fixed, from sched_init.
  */
 #ifndef SFUMATO_ENGINE_SCHED_H
 #define SFUMATO_ENGINE_SCHED_H

@@ -1,12 +1,14 @@
 /* sequence.h: one choice of one request while the engine holds it (engine-internal).
  *
  *   task ──┬─ request (copied, one arena)
- *          └─ sequence[n] ── inputs made so far (CSR of concept tokens) ── think_state ── pages,
- * digests
+ *          └─ sequence[n] ─┬─ inputs made so far: a CSR of concept tokens
+ *                          ├─ think_state
+ *                          └─ pages and their digests
  *
  * The inputs of a sequence are the request's prompt, shared by its choices, followed by what the
  * sequence made: exactly the (ids, weights) that were fed, which is all a preempted sequence needs
  * to continue bit for bit. `computed` says how many of them have keys and values in `pages`.
+ *
  * Refuses to know: queues, batches, ranks. Thread: engine. Memory: the task's arena, except `made`
  * and the edit book, which grow by doubling while a sequence runs (8 bytes an entry of a concept
  * token): the one allocation in a tick, because a request's worst case (max_tokens times 64

@@ -8,9 +8,9 @@
  *         ▼ thinking ended
  *   SHARING_NONE      the others take over inputs and state, and go on with draws of their own
  *
- * If choice 0 ends inside the shared part, all end alike. Usage counts shared steps for choice 0 only.
- * A cancelled choice 0 works on silently while others still need its thinking. All of this follows from
- * choice 0's decisions, never from the schedule.
+ * If choice 0 ends inside the shared part, all end alike. Usage counts shared steps for choice 0
+ * only. A cancelled choice 0 works on silently while others still need its thinking. All of this
+ * follows from choice 0's decisions, never from the schedule.
  */
 #include "engine/engine_parts.h"
 
@@ -21,7 +21,8 @@ bool share_needs(const struct sequence *s) {
     return false;
 }
 
-/* The events of a shared step for the others. A callback may cancel any of them, so look again each time. */
+/* The events of a shared step for the others. A callback may cancel any of them, so look again each
+ * time. */
 static void report_to_others(struct engine *e, struct task *t, const struct step_report *report) {
     for (int i = 1; i < t->sequence_count; i++)
         if (t->sequences[i].state == SEQUENCE_HELD) engine_emit_step(e, &t->sequences[i], report);

@@ -1,6 +1,7 @@
 /* layer: engine */
-/* fuzz_plan.c: patches of a valid plan: (offset, byte) triples. What passes the checks is read as a backend
- * would, and its encoding must pass again. Random messages hardly get past the magic; patched ones do. */
+/* fuzz_plan.c: patches of a valid plan: (offset, byte) triples. What passes the checks is read as a
+ * backend would, and its encoding must pass again. Random messages hardly get past the magic;
+ * patched ones do. */
 #include <stdlib.h>
 #include <string.h>
 
