@@ -23,12 +23,14 @@
 #include <unistd.h>
 
 #include "base/log.h"
+#include "serve/grpc.h"
 #include "serve/http.h"
 #include "serve/notify.h"
 
 /* The protocols. Adding one = a file that ends in its table, and a line here. */
 static const struct front *const fronts[] = {
     &http_front,
+    &grpc_front,
 };
 enum { FRONT_COUNT = sizeof fronts / sizeof *fronts };
 
