@@ -3,6 +3,7 @@
 
 #include <math.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 #include <time.h>
 #include <unistd.h>
@@ -15,6 +16,17 @@ double progress_clock(void) {
     struct timespec now;
     clock_gettime(CLOCK_MONOTONIC, &now);
     return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
+}
+
+bool progress_is_terminal(int fd) {
+    char link[64], target[64];
+    if (isatty(fd) != 1) return false;
+    if (!getenv("OMPI_COMM_WORLD_SIZE")) return true;
+    snprintf(link, sizeof link, "/proc/%ld/fd/%d", (long)getppid(), fd);
+    const ssize_t n = readlink(link, target, sizeof target - 1);
+    if (n < 0) return false;
+    target[n] = '\0';
+    return strncmp(target, "/dev/pts/", 9) == 0 || strncmp(target, "/dev/tty", 8) == 0;
 }
 
 const char *progress_bytes(double bytes, char out[32]) {
@@ -45,7 +57,7 @@ void progress_begin(struct progress *p, const char *what, int64_t total, bool sh
     *p = (struct progress){.what = what,
                            .total = total,
                            .shown = shown && log_enabled(LOG_INFO),
-                           .terminal = isatty(STDERR_FILENO) == 1,
+                           .terminal = progress_is_terminal(STDERR_FILENO),
                            .start = now,
                            .last = now};
 }

@@ -19,6 +19,9 @@ struct progress {
 };
 
 double progress_clock(void); /* seconds, monotonic */
+/* Whether what is written to this descriptor (1 or 2) ends on a terminal. Under mpirun rank 0's standard
+ * output is a pseudo-terminal whatever mpirun's own is, so mpirun's descriptor is asked. */
+bool progress_is_terminal(int fd);
 /* shown = false: silent (--quiet, ranks other than 0). */
 void progress_begin(struct progress *p, const char *what, int64_t total, bool shown);
 /* note: what stands behind the bar ("812 MB/s"), may be NULL. Cheap to call often. */

@@ -294,7 +294,7 @@ static enum status run_single(struct generation *g) {
     struct job *job = &g->jobs[0];
     enum status status;
     g->single = true;
-    g->colour = isatty(STDOUT_FILENO) == 1;
+    g->colour = progress_is_terminal(STDOUT_FILENO);
     json_writer_init(&text);
     for (size_t i = 0, n = strlen(h->params.prompt), skip; i < n;) {
         const size_t length = json_utf8_length(h->params.prompt + i, n - i, &skip);

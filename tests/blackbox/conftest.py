@@ -45,7 +45,8 @@ def launch(*args, ranks=0, stdin=b"", env=None, timeout=120, model=TINY):
     command += [str(BINARY), *map(str, args)]
     if model and args and args[0] != "--help":
         command += ["--model", str(model)]
-    environment = {**os.environ, **MPI, **(env or {})}
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("SFUMATO_")}  # the tester's own options
+    environment |= {**MPI, **(env or {})}
     return Result(subprocess.run(command, input=stdin, capture_output=True, env=environment, timeout=timeout))
 
 

@@ -184,11 +184,13 @@ def test_two_hundred_requests_queue():
     assert [line["custom_id"] for line in lines] == list(range(200))
 
 
-def test_prompt_streams_to_standard_output():
-    result = launch("generate", "-p", problems(1)[0], "--seed", "7", "--temperature", "0")
+@pytest.mark.parametrize("ranks", [0, 2])
+def test_prompt_streams_to_standard_output(ranks):
+    """In a pipe: the answer alone, no colours, no thinking; the summary on standard error."""
+    result = launch("generate", "-p", problems(1)[0], "--seed", "7", "--temperature", "0", ranks=ranks)
     assert result.status == 0
     line = generate([chat(problems(1)[0], temperature=0)]).lines[0]
-    assert result.out.decode() == line["answer"].rstrip("\n") + "\n"
+    assert result.out.decode().replace("\r\n", "\n") == line["answer"].rstrip("\n") + "\n"
     assert any("thinking" in m and "tokens/s" in m for m in result.messages)
 
 
