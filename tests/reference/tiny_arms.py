@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Accuracy of models/tiny under several ways of thinking, by transformers in float32, all problems at once.
+"""Accuracy of models/tiny under several ways of thinking, by transformers in float32, in batches.
 
     python tiny_arms.py --problems ../../models/tiny/problems_dev.jsonl [--arms greedy,soft,...] [--n 500]
 
@@ -35,7 +35,7 @@ ARMS = {
     "dirichlet, alpha 1": dict(mode="dirichlet", alpha=1.0),
     "dirichlet, alpha 10": dict(mode="dirichlet", alpha=10.0),
 }
-MAX_THINKING, MAX_ANSWER = 300, 40
+MAX_THINKING, MAX_ANSWER, BATCH = 300, 40, 100
 
 
 def renormalised(w):
@@ -125,7 +125,8 @@ def main():
           "weight is < 0.95, share ended by cold stop")
     for name in c.arms.split(";"):
         start, a = time.time(), {**FILTERS, **ARMS[name]}
-        out = run(model, tok, prompts, a, torch.Generator().manual_seed(1))
+        gen = torch.Generator().manual_seed(1)
+        out = [o for n in range(0, len(prompts), BATCH) for o in run(model, tok, prompts[n:n + BATCH], a, gen)]
         right = sum(re.findall(r"boxed\{(\d+)\}", tok.decode(o["answer"]))[:1] == [str(p["answer"])] for o, p in zip(out, problems))
         steps, n = sum(len(o["H"]) for o in out), len(out)
         print(f"| {name} | {100 * right / n:.1f} % | {steps / n:.1f} | {sum(sum(o['H']) for o in out) / steps:.3f} | "
