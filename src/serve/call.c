@@ -406,12 +406,10 @@ struct request_usage call_usage(const call *c) {
             sum.prompt_tokens += c->body.prompts[i / n].count;
             sum.cached_tokens += s.usage.cached_tokens;
         }
-        /* one thinking for all n: its steps are the first choice's alone (serving.md §3) */
-        const bool shared = c->body.request.share_thinking && i % n > 0;
-        sum.completion_tokens +=
-            s.usage.completion_tokens - (shared ? s.usage.reasoning_tokens : 0);
-        sum.reasoning_tokens += shared ? 0 : s.usage.reasoning_tokens;
-        sum.soft_steps += shared ? 0 : s.usage.soft_steps;
+        /* a shared thinking is in the first choice's counts alone */
+        sum.completion_tokens += s.usage.completion_tokens;
+        sum.reasoning_tokens += s.usage.reasoning_tokens;
+        sum.soft_steps += s.usage.soft_steps;
     }
     return sum;
 }

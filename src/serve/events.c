@@ -28,11 +28,12 @@ static void note_start(call *c, struct ticket *t) {
     c->tokens -= tokens;
 }
 
-static void count_step(call *c, struct choice *choice, const struct think_decision *d) {
-    enum { SOFT, HARD };
+/* shared: a thinking step of choice 0, reported for this choice too; it was one step. */
+static void count_step(call *c, struct choice *choice, const struct think_decision *d,
+                       bool shared) {
     struct metrics *m = c->service->metrics;
     const double now = service_clock();
-    metric_add(m, METRIC_generation_tokens, 0, 1);
+    if (!shared) metric_add(m, METRIC_generation_tokens, 0, 1);
     if (choice->first == 0) {
         choice->first = now;
         metric_observe(m, METRIC_first_token, 0, now - c->arrival);
@@ -43,12 +44,6 @@ static void count_step(call *c, struct choice *choice, const struct think_decisi
     if (d->phase == PHASE_THINKING) {
         if (choice->thinking_first == 0) choice->thinking_first = now;
         choice->thinking_last = now;
-        metric_add(m, METRIC_thinking_tokens, d->soft ? SOFT : HARD, 1);
-        metric_observe(m, METRIC_soft_entropy, 0, (double)d->entropy);
-        if (d->soft) {
-            metric_add(m, METRIC_soft_steps, 0, 1);
-            metric_observe(m, METRIC_soft_support, 0, d->count);
-        }
         choice_enter(c, choice, d->soft ? CHOICE_SOFT : CHOICE_HARD_THINK);
     } else {
         if (choice->phase != CHOICE_ANSWER) {
@@ -59,13 +54,25 @@ static void count_step(call *c, struct choice *choice, const struct think_decisi
     }
 }
 
+static void count_thinking(struct metrics *m, const struct think_decision *d) {
+    enum { SOFT, HARD };
+    metric_add(m, METRIC_thinking_tokens, d->soft ? SOFT : HARD, 1);
+    metric_observe(m, METRIC_soft_entropy, 0, (double)d->entropy);
+    if (!d->soft) return;
+    metric_add(m, METRIC_soft_steps, 0, 1);
+    metric_observe(m, METRIC_soft_support, 0, d->count);
+}
+
 static void on_step(call *c, struct ticket *t, const struct engine_event *e) {
     const int index = t->prompt * c->body.request.choices + e->choice;
     struct choice *choice = &c->choices[index];
     struct stream_delta delta;
     if (choice->stopping) return;
     note_start(c, t);
-    count_step(c, choice, e->decision);
+    const bool thinking = e->decision->phase == PHASE_THINKING;
+    const bool shared = thinking && e->choice > 0 && c->body.request.share_thinking;
+    count_step(c, choice, e->decision, shared);
+    if (thinking && !shared) count_thinking(c->service->metrics, e->decision);
     if (reply_step(choice->reply, e, &delta) != STATUS_OK) {
         fail_call(c);
         return;

@@ -1,5 +1,7 @@
 /* openai_chat.c: POST /v1/chat/completions, its choices whole and in chunks (serving.md §4.1, §4.2).
  */
+#include <math.h>
+
 #include "serve/openai.h"
 
 /* Both names carry the same text: clients read one or the other. */
@@ -107,7 +109,8 @@ static void chat_whole(struct generation *g, int choice, struct json_writer *w) 
     }
     json_key(w, "refusal");
     json_write_null(w);
-    if (s.usage.reasoning_tokens > 0 && g->body->include_reasoning && g->body->separate_reasoning) {
+    const bool thought = !isnan(s.mean_entropy); /* also when it is counted for another choice */
+    if (thought && g->body->include_reasoning && g->body->separate_reasoning) {
         write_reasoning(g, parts.thinking->bytes, parts.thinking->n, w);
     }
     json_end(w, '}');

@@ -15,8 +15,8 @@ struct reply {
     struct json_writer thinking, answer; /* plain bytes, not JSON */
     struct json_writer held;             /* thinking that waits for its end (stream_reasoning) */
     struct request_usage usage;
-    int64_t thinking_steps;
-    double entropy_sum; /* over them */
+    int64_t thinking_steps, soft_steps; /* seen, also where they count for another choice */
+    double entropy_sum;                 /* over them */
     enum think_end end;
     enum finish finish;
     bool loop_break;
@@ -176,6 +176,7 @@ enum status reply_step(reply *r, const struct engine_event *e, struct stream_del
         r->usage.soft_steps += d->soft;
     }
     r->thinking_steps += thinking;
+    r->soft_steps += d->soft;
     if (thinking) r->entropy_sum += (double)d->entropy;
     if (d->end != END_NONE) r->end = d->end;
     json_write_int(&r->ids, d->trace_id);
@@ -214,16 +215,16 @@ enum status reply_finish(reply *r, const struct engine_event *e, struct stream_d
 
 void reply_summarise(const reply *r, struct reply_summary *out) {
     const double n = (double)r->thinking_steps;
-    *out = (struct reply_summary){.usage = r->usage,
-                                  .finish = r->finish,
-                                  .end = r->end,
-                                  .mean_entropy = n > 0 ? r->entropy_sum / n : NAN,
-                                  .seed = r->body->request.think.seed,
-                                  .loop_break = r->loop_break,
-                                  .stop_text =
-                                      r->stop_index >= 0 ? r->body->stops[r->stop_index] : NULL,
-                                  .stopped_by_id = r->stopped_by_id,
-                                  .stop_id = r->stop_id};
+    *out = (struct reply_summary){
+        .usage = r->usage,
+        .finish = r->finish,
+        .end = r->end,
+        .mean_entropy = n > 0 ? r->entropy_sum / n : NAN,
+        .seed = r->body->request.think.seed,
+        .loop_break = r->loop_break,
+        .stop_text = r->stop_index >= 0 ? r->body->stops[r->stop_index] : NULL,
+        .stopped_by_id = r->stopped_by_id,
+        .stop_id = r->stop_id};
 }
 
 /* ---- the service's forms ---- */
@@ -250,7 +251,7 @@ void reply_write_info(const reply *r, bool with_trace, struct json_writer *w) {
     json_key(w, "mode");
     json_write_text(w, think_mode_name(r->body->request.think.mode));
     json_key(w, "soft_steps");
-    json_write_int(w, s.usage.soft_steps);
+    json_write_int(w, r->soft_steps);
     json_key(w, "thinking_end");
     json_write_text(w, think_end_name(s.end));
     json_key(w, "mean_entropy");
