@@ -22,6 +22,10 @@ MPI = {
 }
 
 
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: left out of sanitizer builds (-m 'not slow')")
+
+
 class Result:
     def __init__(self, done):
         self.status, self.out, self.err = done.returncode, done.stdout, done.stderr

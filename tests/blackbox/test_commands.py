@@ -92,6 +92,7 @@ def test_inspect():
     assert facts["ranks"][0]["kv_bytes_per_token"] == 4 * 1 * 32 * 2 * 2
 
 
+@pytest.mark.slow
 def test_bench_step_smoke():
     result = launch("bench", "step", "--quiet", "--batch", "1,3", "--context", "20", "--rounds", "3", "--json", ranks=2)
     assert result.status == 0, result.err
@@ -104,6 +105,7 @@ def test_bench_step_smoke():
     assert alone.status == 0 and b"floor/step" in alone.out, alone.err
 
 
+@pytest.mark.slow
 def test_bench_others_smoke():
     assert b"candidates" in launch("bench", "sampler", "--quiet", "--rounds", "3").out
     assert launch("bench", "tokenizer", "--quiet", "--rounds", "3").status == 0

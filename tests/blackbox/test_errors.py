@@ -128,7 +128,7 @@ def test_prompt_too_long():
         (["frob"], ["frob", "generate"]),
     ],
 )
-@pytest.mark.parametrize("ranks", [0, 2])
+@pytest.mark.parametrize("ranks", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_usage(args, words, ranks):
     quiet = {"SFUMATO_QUIET": "1"}
     only_message(launch(*args, ranks=ranks, model=None if args[0] == "frob" else TINY, env=quiet), 2, *words)

@@ -26,7 +26,7 @@ def mixed():
     return requests, result.out
 
 
-@pytest.mark.parametrize("ranks", [2, 4, 8])
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow), pytest.param(8, marks=pytest.mark.slow)])
 def test_ranks_give_the_same_bytes(mixed, ranks):
     requests, expected = mixed
     assert generate(requests, ranks=ranks).out == expected
@@ -37,6 +37,7 @@ def test_messages_instead_of_the_window_give_the_same_bytes(mixed):
     assert generate(requests, "--comm", "mpi", ranks=2).out == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [
@@ -178,6 +179,7 @@ def test_soft_of_width_one_is_greedy():
     assert [x["ids"] for x in generate(soft).lines] == [x["ids"] for x in generate(hard).lines]
 
 
+@pytest.mark.slow
 def test_two_hundred_requests_queue():
     requests = [{"prompt": [1, 4 + i % 700], "max_tokens": 3, "custom_id": i} for i in range(200)]
     lines = generate(requests, "--max-num-seqs", "64", ranks=2).lines
