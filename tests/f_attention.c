@@ -255,7 +255,7 @@ static void test_mixed_segments(void) {
     for (int level = 0; level < LEVELS; level++) {
         struct bench t;
         if (!bench_open(&t, level, 2, s, BACKEND_BF16)) continue;
-        bf16 alone[13 * 16 * 64], together[13 * 16 * 64];
+        bf16 alone[13 * 192], together[80 * 192]; /* o rows are 6 x 32 wide */
         float h[13 * 512], q[13 * 16 * 64];
         struct batch_segment segments[SEQUENCES_MAX];
         int row = 0;

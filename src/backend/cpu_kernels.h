@@ -94,6 +94,8 @@ struct cpu_kernels {
      * is room for 16 more; returns where to go on. */
     int64_t (*above)(const float *z, int64_t begin, int64_t n, float threshold, uint32_t *found,
                      int room, int *count);
+    /* Reads n bytes; the result means nothing. */
+    uint64_t (*sweep)(const void *bytes, size_t n);
     /* Multiply-adds at full speed; returns the number of operations. */
     double (*peak)(bool dpbf16, int64_t rounds);
 
@@ -108,7 +110,6 @@ struct cpu_kernels {
     void (*embed_row)(const struct embed_row *job);
     /* z' = z / temperature, made ordinary: NaN -> -inf, +inf -> FLT_MAX, -0 -> +0. */
     void (*divide)(const float *z, int64_t n, float temperature, float *out);
-    uint64_t (*sweep)(const void *bytes, size_t n);
 };
 
 extern const struct cpu_kernels cpu_kernels_scalar, cpu_kernels_avx2, cpu_kernels_avx512,

@@ -143,17 +143,3 @@ static void row_divide(const float *z, int64_t n, float temperature, float *out)
         out[i] = v;
     }
 }
-
-static uint64_t row_sweep(const void *bytes, size_t n) {
-    const unsigned char *in = bytes;
-    uint64_t sum[32] = {0}, word[32];
-    for (size_t i = 0; i + sizeof word <= n; i += sizeof word) {
-        for (size_t line = 0; line < sizeof word; line += 64)
-            __builtin_prefetch(in + i + 4096 + line);
-        memcpy(word, in + i, sizeof word);
-        for (int j = 0; j < 32; j++) sum[j] += word[j];
-    }
-    uint64_t total = 0;
-    for (int j = 0; j < 32; j++) total += sum[j];
-    return total;
-}

@@ -114,6 +114,15 @@ static int64_t above(const float *z, int64_t begin, int64_t n, float threshold, 
     return i;
 }
 
+static uint64_t sweep(const void *bytes, size_t n) {
+    uint64_t sum = 0, word;
+    for (size_t i = 0; i + sizeof word <= n; i += sizeof word) {
+        memcpy(&word, (const unsigned char *)bytes + i, sizeof word);
+        sum += word;
+    }
+    return sum;
+}
+
 static double peak(bool dpbf16, int64_t rounds) {
     (void)dpbf16;
     float a[8] = {0};
@@ -133,6 +142,7 @@ const struct cpu_kernels cpu_kernels_scalar = {
     .attention_join = attention_join,
     .slab_stats = slab_stats,
     .above = above,
+    .sweep = sweep,
     .peak = peak,
     .widen = row_widen,
     .round = row_round,
@@ -141,5 +151,4 @@ const struct cpu_kernels cpu_kernels_scalar = {
     .head_row = row_head,
     .embed_row = row_embed,
     .divide = row_divide,
-    .sweep = row_sweep,
 };
