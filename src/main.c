@@ -41,6 +41,23 @@ static void print_usage(FILE *out) {
     fprintf(out, "\nsfumato COMMAND --help lists its options.\n");
 }
 
+/* Joins the job first, so that under mpirun one rank speaks and none is waited for. */
+static int no_such_command(int argc, char **argv, const char *name) {
+    struct host host = {0};
+    char known[128] = "";
+    if (comm_open(&argc, &argv, &host.comm) == STATUS_OK) host.rank = comm_rank(host.comm);
+    for (int i = 0; i < COMMAND_COUNT; i++) {
+        const size_t n = strlen(known);
+        snprintf(known + n, sizeof known - n, "%s%s", i ? ", " : "", commands[i].name);
+    }
+    if (*name) {
+        fail(STATUS_USAGE, "%s: no such command; there are %s", name, known);
+    } else {
+        fail(STATUS_USAGE, "a command is needed: %s", known);
+    }
+    return host_leave(&host, STATUS_USAGE);
+}
+
 int main(int argc, char **argv) {
     const char *name = argc > 1 ? argv[1] : "";
     if (strcmp(name, "--help") == 0 || strcmp(name, "-h") == 0 || strcmp(name, "help") == 0) {
@@ -59,18 +76,5 @@ int main(int argc, char **argv) {
         if (status == STATUS_OK) status = commands[i].run(&host);
         return host_leave(&host, status);
     }
-    /* Under mpirun every rank comes here; the message may appear more than once only if MPI is not asked. */
-    struct host host = {0};
-    comm *c = NULL;
-    const enum status status = comm_open(&argc, &argv, &c);
-    if (status == STATUS_OK) host.rank = comm_rank(c);
-    host.comm = c;
-    char known[128] = "";
-    for (int i = 0; i < COMMAND_COUNT; i++) {
-        const size_t n = strlen(known);
-        snprintf(known + n, sizeof known - n, "%s%s", i ? ", " : "", commands[i].name);
-    }
-    fail(STATUS_USAGE, *name ? "%s: no such command; there are %s" : "%sa command is needed: %s",
-         name, known);
-    return host_leave(&host, STATUS_USAGE);
+    return no_such_command(argc, argv, name);
 }

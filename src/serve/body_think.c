@@ -282,13 +282,14 @@ static enum status read_words(const struct body_facts *facts, const json_t *bloc
                               struct think_params *t) {
     const struct params *p = facts->params;
     const char *start = NULL, *on_eos = NULL, *compat = NULL;
+    const bool known = think_compat_parse(param_word(p, PARAM_compat), &t->compat) &&
+                       think_start_parse(param_word(p, PARAM_think_start), &t->start) &&
+                       think_on_eos_parse(param_word(p, PARAM_on_eos), &t->on_eos);
+    ASSERT(known); /* params.def lists the words of think/ */
     TRY(field_text(block, BLOCK, "compat", &compat));
-    ASSERT(think_compat_parse(param_word(p, PARAM_compat), &t->compat));
     if (compat && !think_compat_parse(compat, &t->compat)) {
         return field_wrong(BLOCK, "compat", "none, official-2025-05 or official-2026-01");
     }
-    ASSERT(think_start_parse(param_word(p, PARAM_think_start), &t->start));
-    ASSERT(think_on_eos_parse(param_word(p, PARAM_on_eos), &t->on_eos));
     if (t->compat != COMPAT_NONE) { /* §7: the switch brings these two along */
         t->start = START_FIRST_TOKEN;
         t->on_eos = ON_EOS_FINISH;
