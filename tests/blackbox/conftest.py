@@ -4,22 +4,12 @@ SFUMATO_BUILD_DIR and SFUMATO_SOURCE_DIR come from CTest; by hand: SFUMATO_BUILD
 """
 import json
 import os
-import pathlib
 import struct
 import subprocess
 
 import pytest
 
-SOURCE = pathlib.Path(os.environ.get("SFUMATO_SOURCE_DIR", pathlib.Path(__file__).resolve().parents[2]))
-BUILD = pathlib.Path(os.environ.get("SFUMATO_BUILD_DIR", SOURCE / "build"))
-BINARY = BUILD / "sfumato"
-TINY = SOURCE / "models" / "tiny"
-MPI = {
-    "OMPI_ALLOW_RUN_AS_ROOT": "1",
-    "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
-    "OMPI_MCA_rmaps_base_oversubscribe": "1",
-    "OMPI_MCA_hwloc_base_binding_policy": "none",
-}
+from places import BINARY, BUILD, MPI, SOURCE, TINY  # noqa: F401 (tests import them from here)
 
 
 def pytest_configure(config):

@@ -18,7 +18,7 @@ import time
 import urllib.error
 import urllib.request
 
-from conftest import BINARY, MPI, TINY
+from places import BINARY, MPI, TINY
 
 
 class Server:
