@@ -1,9 +1,11 @@
 /* f_attention.c: qkv and attention of every instruction set.
  *
- * To compare attention alone, keys and values must be known exactly: the qkv matrix is the identity and
- * the rotation is none, so that a row's "hidden state" is its q, k and v side by side. Every byte of the pool is
- * NaN before the real tokens arrive, in pages picked in random order: a NaN that leaks is seen at once. The
- * scalar reference is compared with double arithmetic, all else with it, bit for bit.
+ * To compare attention alone, keys and values must be known exactly: the qkv matrix is the identity
+ * and the rotation is none, so that a row's "hidden state" is its q, k and v side by side. Every
+ * byte
+ * of the pool is NaN before the real tokens arrive, in pages picked in random order: a NaN that
+ * leaks is seen at
+ * once. The scalar reference is compared with double arithmetic, all else with it, bit for bit.
  */
 #include "f_backend.h"
 
@@ -177,7 +179,7 @@ static float *tokens_new(const struct shape *s, uint64_t seed, int count) {
     return x;
 }
 
-/* Every row of a context as one prompt, then the prompt in chunks, then only the last row by itself. */
+/* Every row of a context as one prompt, then in chunks, then only the last row by itself. */
 static void check_context(const struct shape *s, enum backend_dtype dtype, int context) {
     const int width = width_of(s), o_width = s->heads * s->head_dim;
     const size_t row_bytes = (size_t)o_width * (dtype == BACKEND_F32 ? 4 : 2);
@@ -240,7 +242,7 @@ static void test_short_contexts(void) {
 
 static void test_long_context(void) { check_context(&shapes[0], BACKEND_BF16, 1000); }
 
-/* Beyond 2048 tokens a single row's blocks are shared out over the threads; one thread never does that. */
+/* Beyond 2048 tokens a single row's blocks are shared out over threads; one thread never does. */
 static void test_shared_blocks(void) { check_context(&shapes[0], BACKEND_BF16, 2113); }
 
 /* Rows of several sequences in one step, decode and chunks mixed, equal each alone. */
@@ -282,8 +284,8 @@ static void test_mixed_segments(void) {
     for (int i = 0; i < SEQUENCES_MAX; i++) free(x[i]);
 }
 
-/* Bias, QK norm and rotation against double arithmetic, seen in q; keys get the same treatment, seen in
- * the attention over one's own token only (o = v + bias) and over two. */
+/* Bias, QK norm and rotation against double arithmetic, seen in q; keys get the same treatment,
+ * seen in the attention over one's own token only (o = v + bias) and over two. */
 static void test_head_steps(void) {
     const struct shape *s = &shapes[1];
     const int width = width_of(s), hd = s->head_dim, half = hd / 2, H = s->heads;

@@ -1,8 +1,10 @@
-/* f_backend.h: what the backend suites share: every level of this machine, awkward numbers, guarded buffers.
+/* f_backend.h: what the backend suites share: every level of this machine, awkward numbers, guarded
+ * buffers.
  *
- * A level is an instruction set with a numeric class. Level 0 is the scalar reference; levels of the fma class
- * must give its bits, dpbf16 must give its own bits whatever the threads and the batch. A level the machine
- * does not have is named once and left out.
+ * A level is an instruction set with a numeric class. Level 0 is the scalar reference; levels of
+ * the fma class must give its bits, dpbf16 must give its own bits whatever the threads and the
+ * batch. A level the
+ * machine does not have is named once and left out.
  */
 #ifndef SFUMATO_TESTS_F_BACKEND_H
 #define SFUMATO_TESTS_F_BACKEND_H

@@ -139,7 +139,7 @@ static void test_ordinary(void) {
     check_logits(logits);
 }
 
-/* Few distinct values: the order among equals is by id, across slabs and across the buffer's refills. */
+/* Few distinct values: equals are in order of id, across slabs and refills of the buffer. */
 static void test_ties(void) {
     for (int i = 0; i < ROWS * V; i++) {
         const uint32_t r = suite_random(6, (uint32_t)i);

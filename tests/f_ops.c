@@ -1,8 +1,8 @@
 /* f_ops.c: products, SwiGLU, norms and the embedding mixture of every instruction set.
  *
  * Three things are compared: the scalar reference with plain double arithmetic (bounds of
- * verification.md §7), its order of additions with chains and trees written out here, and every other level, thread
- * count and batch size with the scalar reference, bit for bit.
+ * verification.md §7), its order of additions with chains and trees written out here, and every
+ * other level, thread count and batch size with the scalar reference, bit for bit.
  */
 #include "f_backend.h"
 
@@ -176,7 +176,7 @@ static void test_row_bf16(void) { check_products(MATRIX_ROW, BACKEND_BF16); }
 static void test_gate_f32(void) { check_products(MATRIX_GATE_UP, BACKEND_F32); }
 static void test_gate_bf16(void) { check_products(MATRIX_GATE_UP, BACKEND_BF16); }
 
-/* The tree level by level: adjacent pairs, an odd one moves up; absent operands pass the other on. */
+/* The tree level by level: adjacent pairs, an odd one moves up; absent ones pass the other on. */
 static float tree(float *v, bool *present, int n) {
     while (n > 1) {
         int m = 0;
@@ -190,8 +190,8 @@ static float tree(float *v, bool *present, int n) {
     return n && present[0] ? v[0] : -0.0f;
 }
 
-/* Chains and tree of a row-parallel product, written out. The data is order-sensitive: a single chain
- * over K gives other bits somewhere. */
+/* Chains and tree of a row-parallel product, written out. The data is order-sensitive: a single
+ * chain over K gives other bits somewhere. */
 static void test_row_order(void) {
     const struct shape *s = &shapes[4];
     float a[48 * 130], x[130], out[48];
@@ -221,7 +221,7 @@ static void test_row_order(void) {
     be->ops->close(be);
 }
 
-/* Products that vanish leave a chain at -0, which is the sign of an absent slab: a present one is +0. */
+/* Products that vanish leave a chain at -0, the sign of an absent slab: a present one is +0. */
 static void test_row_zero(void) {
     const struct shape s = {.rows = 3, .cols = 2, .slab_count = 3, .border = {0, 0, 2, 2}};
     float a[6], x[2] = {0x1p-100f, 0x1p-100f};
@@ -336,12 +336,12 @@ static void test_norm(void) {
     }
 }
 
-/* The mixture against its definition, written out: chains per slab in the order of the record, tree. */
+/* The mixture against its definition: chains per slab in the order of the record, tree. */
 static void test_embed(void) {
     enum { V = 131, D = 301, ROWS = 4, SLABS = 5, FIRST = 1000 };
     static const int64_t vocab_begin[SLABS + 1] = {FIRST,      FIRST + 26, FIRST + 26,
                                                    FIRST + 80, FIRST + 81, FIRST + V};
-    /* row 0: all over the place, also ids of other ranks; 1: one-hot; 2: none here; 3: two of one slab */
+    /* row 0: all over, also ids of other ranks; 1: one-hot; 2: none here; 3: two of one slab */
     static const uint32_t ids[] = {1100, 1003, 5,    1130, 1004, 1080,
                                    1027, 9000, 1129, 7,    1081, 1082};
     static const float weights[] = {0.3f,  0.2f,  0.1f, 0.1f, 0.1f,  0.1f,

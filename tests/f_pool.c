@@ -23,8 +23,8 @@ static void count_task(void *context, int thread) {
     for (int64_t i = cpu_range_begin(N, thread, c->threads); i < end; i++) c->touched[i]++;
 }
 
-/* Many short tasks, more threads than this machine may have cores: each index exactly once per task, and
- * what the threads wrote is seen by the caller. */
+/* Many short tasks, more threads than this machine may have cores: each index exactly once per
+ * task, and what the threads wrote is seen by the caller. */
 static void test_every_part_once(void) {
     for (int threads = 1; threads <= THREADS; threads++) {
         cpu_pool *pool = NULL;

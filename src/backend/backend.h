@@ -1,11 +1,15 @@
-/* backend.h: the compute verbs of one device. A const table per backend, the instance last in its file.
+/* backend.h: the compute verbs of one device. A const table per backend, the instance last in its
+ * file.
  *
- * A verb is one fused step of the forward pass in model/dense.c; it works on the rank's own shard and never
- * talks to other ranks. Buffers come from `alloc` (huge pages, zeroed, counted) and are opaque device
- * pointers to everyone else; on the CPU they are ordinary memory. Shapes: [T rows, D hidden, H local
- * query heads, G local kv heads, hd head dim, F local ffn columns, V local vocabulary rows].
- * Contract (cpu.md §3): a row's bits never depend on T, its place, neighbours, chunking, threads or page
- * numbers. Thread: the engine thread calls; the backend has its own pool. After `ready` no allocation.
+ * A verb is one fused step of the forward pass in model/dense.c; it works on the rank's own shard
+ * and never talks to other ranks. Buffers come from `alloc` (huge pages, zeroed, counted) and are
+ * opaque
+ * device pointers to everyone else; on the CPU they are ordinary memory. Shapes: [T rows, D hidden,
+ * H
+ * local query heads, G local kv heads, hd head dim, F local ffn columns, V local vocabulary rows].
+ * Contract (cpu.md §3): a row's bits never depend on T, its place, neighbours, chunking, threads or
+ * page numbers. Thread: the engine thread calls; the backend has its own pool. After `ready` no
+ * allocation.
  */
 #ifndef SFUMATO_BACKEND_BACKEND_H
 #define SFUMATO_BACKEND_BACKEND_H
@@ -19,12 +23,12 @@
 
 enum backend_dtype { BACKEND_F32, BACKEND_BF16 };
 enum backend_isa { ISA_AUTO, ISA_SCALAR, ISA_AVX2, ISA_AVX512, ISA_AVX512BF16 };
-/* The numeric class decides bits: all ISA levels of FMA agree with one another; DPBF16 has its own bits. */
+/* The numeric class decides bits: all levels of FMA agree with one another; DPBF16 has its own. */
 enum backend_numerics { NUMERICS_AUTO, NUMERICS_FMA, NUMERICS_DPBF16 };
 
 struct backend_config {
     enum backend_isa isa;           /* highest level to use */
-    enum backend_numerics numerics; /* FMA: forces the class; after comm_agree_min this is what all use */
+    enum backend_numerics numerics; /* FMA: forces the class (after comm_agree_min) */
     int threads;                    /* pool size, 0 = allowed cores / local ranks */
     int local_rank, local_ranks;    /* for pinning */
     int rows_max;                   /* T never exceeds it */
@@ -45,7 +49,7 @@ struct matrix_spec {
     int64_t rows, cols;          /* N (for GATE_UP: F) and K, local */
     bool lookup_only;            /* read by embed_mix alone: not part of a step's read floor */
     int slab_count;              /* ROW only */
-    const int64_t *slab_begin;   /* ROW only: [slab_count + 1] column borders, local; may be empty slabs */
+    const int64_t *slab_begin;   /* ROW only: [slab_count + 1] local column borders; slabs may be empty */
 };
 
 /* Where keys and values of all layers live. */
@@ -55,7 +59,7 @@ struct kv_spec {
     enum backend_dtype dtype;
 };
 
-/* One layer's attention inputs (weights are borrowed fp32 vectors in device memory, NULL = absent). */
+/* One layer's attention inputs (fp32 vectors are borrowed device memory, NULL = absent). */
 struct attention_spec {
     const matrix *qkv;                   /* [(H + 2 G) hd, D]: q rows, then k rows, then v rows */
     const float *bias;                   /* [(H + 2 G) hd] or NULL */
@@ -70,52 +74,58 @@ struct attention_spec {
 struct backend_ops {
     const char *name; /* "cpu", "cuda" */
     void (*close)(backend *b);
-    /* Zeroed device memory, aligned to 128 bytes, that lives as long as the backend; NULL + fail() when
-     * there is none. */
+    /* Zeroed device memory, aligned to 128 bytes, that lives as long as the backend; NULL + fail()
+     * when there is none. */
     void *(*alloc)(backend *b, size_t bytes, const char *what);
     enum status (*write)(backend *b, void *device, const void *host, size_t bytes);
 
-    /* Packed weights. load: part is 0 except for GATE_UP; rows [row_begin, +row_count) of the part, all K
-     * columns, row-major fp32, rounded to the matrix's dtype (RNE). Every row is loaded once. */
+    /* Packed weights. load: part is 0 except for GATE_UP; rows [row_begin, +row_count) of the part,
+     * all K columns, row-major fp32, rounded to the matrix's dtype (RNE). Every row is loaded once.
+     * */
     enum status (*matrix_new)(backend *b, const struct matrix_spec *spec, matrix **out);
     void (*matrix_load)(backend *b, matrix *m, int part, int64_t row_begin, int64_t row_count,
                         const float *rows);
     enum status (*kv_new)(backend *b, const struct kv_spec *spec);
 
-    /* out[T,D] = this rank's part of the concept embeddings: per slab, fma in the order of the record, first
-     * term a plain product; slabs along the tree; a row with no id here is all -0.0f (absent).
-     * embed holds rows [vocab_begin[0], vocab_begin[slab_count]); vocab_begin: [slab_count + 1], global ids. */
+    /* out[T,D] = this rank's part of the concept embeddings: per slab, fma in the order of the
+     * record, first term a plain product; slabs along the tree; a row with no id here is all -0.0f
+     * (absent).
+     * embed holds rows [vocab_begin[0], vocab_begin[slab_count]); vocab_begin: [slab_count + 1],
+     * global ids. */
     void (*embed_mix)(backend *b, const struct batch *batch, const matrix *embed, int slab_count,
                       const int64_t *vocab_begin, float *out);
     /* x[T,D] = scale * sum (first = true) or x + sum; then h = rmsnorm(x) * weight, rounded to the
      * activation type of `dtype` weights. h: [T,D] of bf16 or fp32. */
-    void (*add_norm)(backend *b, int rows, int hidden, bool first, float scale, const float *sum, float *x,
-                     const float *weight, float eps, enum backend_dtype dtype, void *h);
+    void (*add_norm)(backend *b, int rows, int hidden, bool first, float scale, const float *sum,
+                     float *x, const float *weight, float eps, enum backend_dtype dtype, void *h);
     /* Final norm of chosen rows only: h[i,D] = rmsnorm(x[rows[i]] + sum[rows[i]]). */
-    void (*add_norm_rows)(backend *b, const int32_t *rows, int row_count, int hidden, const float *sum,
-                          const float *x, const float *weight, float eps, enum backend_dtype dtype, void *h);
+    void (*add_norm_rows)(backend *b, const int32_t *rows, int row_count, int hidden,
+                          const float *sum, const float *x, const float *weight, float eps,
+                          enum backend_dtype dtype, void *h);
     /* q[T,H,hd] = rope(qnorm(h Wq + b)); keys and values of the rows go to their pages. */
-    void (*qkv)(backend *b, const struct batch *batch, const struct attention_spec *spec, const void *h,
-                float *q);
-    /* o[T,H,hd], rounded to the activation type of `dtype`: causal softmax(q k / sqrt(hd)) v over the pages. */
+    void (*qkv)(backend *b, const struct batch *batch, const struct attention_spec *spec,
+                const void *h, float *q);
+    /* o[T,H,hd] = causal softmax(q k / sqrt(hd)) v over the pages, rounded to the type of `dtype`. */
     void (*attention)(backend *b, const struct batch *batch, const struct attention_spec *spec,
                       const float *q, enum backend_dtype dtype, void *o);
-    /* partial[T,N] = in[T,K local] W^T, slabs of the rank summed along the tree, +0.0f added to each slab's
-     * chain; all -0.0f when the rank has no slab with columns. */
+    /* partial[T,N] = in[T,K local] W^T, slabs of the rank summed along the tree, +0.0f added to
+     * each slab's chain; all -0.0f when the rank has no slab with columns. */
     void (*row_matmul)(backend *b, int rows, const matrix *w, const void *in, float *partial);
     /* act[T,F] = silu(h Wgate) * (h Wup), rounded to the activation type. */
     void (*gate_up)(backend *b, int rows, const matrix *w, const void *h, void *act);
     /* logits[n,V] fp32 of normed rows h[n,D]. */
     void (*logits)(backend *b, int rows, const matrix *w, const void *h, float *logits);
-    /* Answers all probes of the batch into records (batch_record_bytes apart). vocab_count: ids >= it are
-     * padding and never take part. */
+    /* Answers all probes of the batch into records (batch_record_bytes apart). vocab_count: ids >=
+     * it are padding and never take part. */
     void (*candidates)(backend *b, const struct batch *batch, const float *logits, int slab_count,
                        const int64_t *vocab_begin, int64_t vocab_count, void *records);
-    /* The slow path: z' of every local id (edited, divided) for one probe: out[V local], host memory. */
+    /* The slow path: z' of every local id (edited, divided) for one probe: out[V], host memory. */
     void (*probe_logits)(backend *b, const struct batch *batch, int probe, const float *logits,
-                         int slab_count, const int64_t *vocab_begin, int64_t vocab_count, float *out);
-    /* Benchmarks only: reads the bytes a decode step reads (all weights but lookup_only ones, and the
-     * KV of kv_tokens tokens) once with the best access order. Returns seconds; *bytes = bytes read. */
+                         int slab_count, const int64_t *vocab_begin, int64_t vocab_count,
+                         float *out);
+    /* Benchmarks only: reads the bytes a decode step reads (all weights but lookup_only ones, and
+     * the KV of kv_tokens tokens) once with the best access order. Returns seconds; *bytes = bytes
+     * read. */
     double (*read_sweep)(backend *b, int64_t kv_tokens, int64_t *bytes);
     /* Peak multiply-add rate of this ISA for `seconds`, in FLOP/s over the pool. */
     double (*peak_flops)(backend *b, double seconds);

@@ -193,8 +193,7 @@ struct item {
     float *m, *l, *o;             /* the running triple */
 };
 
-static void triple_at(const struct cpu_kv *kv, float *memory, float **m, float **l, float **o) {
-    (void)kv;
+static void triple_at(float *memory, float **m, float **l, float **o) {
     *m = memory;
     *l = memory + ATTENTION_TILE;
     *o = memory + 2 * ATTENTION_TILE;
@@ -222,8 +221,8 @@ static void item_begin(const struct attention_job *job, int row,
                                            .q = q,
                                            .score = score};
     float *triples = score + ATTENTION_TILE * KV_BLOCK_TOKENS;
-    triple_at(kv, triples, &item->block.m, &item->block.l, &item->block.o);
-    triple_at(kv, triples + triple_floats(kv), &item->m, &item->l, &item->o);
+    triple_at(triples, &item->block.m, &item->block.l, &item->block.o);
+    triple_at(triples + triple_floats(kv), &item->m, &item->l, &item->o);
     for (int h = 0; h < tile->head_count; h++) {
         const float *from = job->q + ((int64_t)row * job->spec->heads + tile->head_begin + h) * hd;
         memset(q + h * stride, 0, sizeof(float) * (size_t)stride);
@@ -239,8 +238,8 @@ static void item_begin(const struct attention_job *job, int row,
         item->block.q_bf16 = q_bf16;
 }
 
-/* (m, l, o) of one block from scratch, into block->m, l, o. `end`: where this thread's blocks of the
- * item end. */
+/* (m, l, o) of one block from scratch, into block->m, l, o. `end`: where this thread's blocks of
+ * the item end. */
 static void item_block(const struct attention_job *job, const struct item *item, int index, int end,
                        struct attention_block *block) {
     const struct cpu_kv *kv = &job->cpu->kv;
@@ -267,7 +266,6 @@ static void item_join(const struct attention_job *job, struct item *item, bool f
     for (int h = 0; h < item->tile.head_count; h++)
         job->cpu->kernels->attention_join(&item->m[h], &item->l[h], item->o + h * kv->dim_stride,
                                           m[h], l[h], o + h * kv->dim_stride, kv->spec.head_dim);
-    (void)l;
 }
 
 static void item_end(const struct attention_job *job, const struct item *item) {
@@ -324,7 +322,7 @@ static void window_task(void *context, int thread) {
                   2 * ATTENTION_TILE * kv->dim_stride;
     const int end = (int)cpu_range_begin(count, thread + 1, threads);
     for (int i = (int)cpu_range_begin(count, thread, threads); i < end; i++) {
-        triple_at(kv, kv->partial + (size_t)i * triple_floats(kv), &block.m, &block.l, &block.o);
+        triple_at(kv->partial + (size_t)i * triple_floats(kv), &block.m, &block.l, &block.o);
         item_block(job, job->shared, job->window_begin + i, job->window_begin + end, &block);
     }
 }
@@ -342,7 +340,7 @@ static void item_shared(struct attention_job *job, int row, const struct batch_s
         cpu_pool_run(job->cpu->pool, window_task, job);
         for (int i = begin; i < job->window_end; i++) {
             float *m, *l, *o;
-            triple_at(kv, kv->partial + (size_t)(i - begin) * triple_floats(kv), &m, &l, &o);
+            triple_at(kv->partial + (size_t)(i - begin) * triple_floats(kv), &m, &l, &o);
             item_join(job, &item, i == 0, m, l, o);
         }
     }

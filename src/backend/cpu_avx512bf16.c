@@ -1,8 +1,9 @@
-/* cpu_avx512bf16.c: AVX-512 with vdpbf16ps: adds the dpbf16 numeric class, half the instructions of fma. */
+/* cpu_avx512bf16.c: AVX-512 with vdpbf16ps: adds the dpbf16 class, half the instructions of fma. */
 #include "backend/cpu_avx512.inc.h"
 
-/* sum[j] += w[j][0] x[0] + w[j][1] x[1]: 16 pairs at w, one pair at x broadcast from memory. The instruction's
- * own order and its flushing of subnormals are what makes this class different (cpu.md §3.2). */
+/* sum[j] += w[j][0] x[0] + w[j][1] x[1]: 16 pairs at w, one pair at x broadcast from memory. The
+ * instruction's own order and its flushing of subnormals are what makes this class different
+ * (cpu.md §3.2). */
 #define VEC_DPBF16
 VEC vec vec_dpbf16(vec sum, const unsigned char *w, const unsigned char *x) {
     int pair;

@@ -195,7 +195,15 @@ enum status cpu_pool_open(int threads, int local_rank, int local_ranks, cpu_pool
         }
         pool->threads = i + 1;
     }
-    if (pool->pinned) pin_self(cpus[first]);
+    if (pool->pinned) {
+        /* The caller keeps off the workers' cores but may use spare ones, and so may the threads it
+         * starts later (network), which inherit its mask. */
+        cpu_set_t own;
+        CPU_ZERO(&own);
+        CPU_SET(cpus[first], &own);
+        for (int i = threads; i < share; i++) CPU_SET(cpus[first + i], &own);
+        sched_setaffinity(0, sizeof own, &own);
+    }
     log_debug("cpu: %d threads on %d cores%s", threads, cores, pool->pinned ? ", pinned" : "");
     *out = pool;
     return STATUS_OK;

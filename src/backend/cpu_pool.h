@@ -25,8 +25,8 @@ typedef struct cpu_pool cpu_pool;
 typedef void cpu_task(void *context, int thread);
 
 /* threads = 0: the cores this process may use, divided by the ranks of this host (at least 1).
- * Threads are pinned to this rank's share of the cores, the caller too, until close; not pinned
- * when they do not fit. */
+ * Workers are pinned one to a core of this rank's share; the caller (until close, and threads it
+ * starts meanwhile) gets the cores of the share that are left. Nothing is pinned when they do not fit. */
 enum status cpu_pool_open(int threads, int local_rank, int local_ranks, cpu_pool **out);
 void cpu_pool_close(cpu_pool *pool);
 int cpu_pool_threads(const cpu_pool *pool);

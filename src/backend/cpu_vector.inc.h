@@ -6,11 +6,13 @@
  *   FULL_ROWS                  rows x VECS vectors: as wide as the panel (VECS = 32 / W)
  *   TILE_ROWS_MAX, TILE_VECS   the tile for more rows than that
  *
- * A tile is rows x vectors of accumulators, all in registers, both numbers compile-time constants. At
- * batch 1 it is one row x the whole panel, which reads the panel as one stream of consecutive bytes. When
- * the rows do not fit one full-width tile, K is cut into blocks whose slice of the panel stays in L1 while
- * all tiles go over it, and accumulators rest in acc between blocks. Neither changes the chain of an
- * output, which is one fma after the other over k, whatever the tile.
+ * A tile is rows x vectors of accumulators, all in registers, both numbers compile-time constants.
+ * At batch 1 it is one row x the whole panel, which reads the panel as one stream of consecutive
+ * bytes. When the rows do not fit one full-width tile, K is cut into blocks whose slice of the
+ * panel stays in
+ * L1 while all tiles go over it, and accumulators rest in acc between blocks. Neither changes the
+ * chain of
+ * an output, which is one fma after the other over k, whatever the tile.
  */
 #include "backend/cpu_rows.inc.h"
 
@@ -18,9 +20,12 @@
 
 /* ---- products ---- */
 
-/* Rows of 128 bytes of a panel in one block of K. Few rows wait for memory: a short block lets the next
- * bytes arrive while the tiles go over it (measured on AVX2, 8 rows: 0.49 of the read floor against 0.33 with
- * long blocks). Many rows are bound by arithmetic: a long block (16 KiB) loads accumulators less often. */
+/* Rows of 128 bytes of a panel in one block of K. Few rows wait for memory: a short block lets the
+ * next bytes arrive while the tiles go over it (measured on AVX2, 8 rows: 0.49 of the read floor
+ * against
+ * 0.33 with long blocks). Many rows are bound by arithmetic: a long block (16 KiB) loads
+ * accumulators less
+ * often. */
 enum { BLOCK_SHORT = 8, BLOCK_LONG = 128 };
 /* Bytes of the stream asked for ahead; across the end of a panel this is the next one. */
 enum { AHEAD_BYTES = 4096 };
@@ -28,8 +33,8 @@ enum { AHEAD_BYTES = 4096 };
 /* What a step of 128 bytes of a panel means: an input (f32) or a pair of inputs (bf16). */
 enum operand { OPERAND_F32, OPERAND_BF16, OPERAND_DPBF16 };
 
-/* `steps` steps for `rows` rows x `count` vectors: acc[r][v] continues, or starts at +0 when fresh. w_step:
- * bytes from step to step; ahead: bytes to prefetch ahead of w, 0 = none. */
+/* `steps` steps for `rows` rows x `count` vectors: acc[r][v] continues, or starts at +0 when fresh.
+ * w_step: bytes from step to step; ahead: bytes to prefetch ahead of w, 0 = none. */
 INLINE void tile(const enum operand operand, const int rows, const int count,
                  const unsigned char *w, const size_t w_step, const unsigned char *x,
                  size_t x_stride, int64_t steps, float *acc, const int acc_stride, bool fresh,
@@ -221,8 +226,8 @@ static void block_scores(const struct attention_block *b) {
 /* o[h .. h + heads) [d .. d + count vectors) = sum over visible tokens of p[h][t] value_t. */
 INLINE void values_tile(const struct attention_block *b, const bool f32, const int heads,
                         const int count, int h, int d) {
-    /* The first tile asks for the next block, a share with each token: pages lie anywhere in memory, so
-     * the hardware cannot guess it, and asking for 16 KiB at once would stall. */
+    /* The first tile asks for the next block, a share with each token: pages lie anywhere in
+     * memory, so the hardware cannot guess it, and asking for 16 KiB at once would stall. */
     const unsigned char *next = h == 0 && d == 0 ? b->next : NULL;
     const size_t share = b->next_bytes / KV_BLOCK_TOKENS;
     const float *p = b->score + h * KV_BLOCK_TOKENS;
@@ -300,8 +305,9 @@ INLINE float vec_reduce_max(vec x) {
     return top;
 }
 
-/* Scores to probabilities e^(s - m) of one head, with m and the sum. Invisible lanes become -inf before
- * anything is computed with them; their e^-inf = +0 leaves a sum, which is never -0, as it is. */
+/* Scores to probabilities e^(s - m) of one head, with m and the sum. Invisible lanes become -inf
+ * before anything is computed with them; their e^-inf = +0 leaves a sum, which is never -0, as it
+ * is. */
 static void block_softmax(const struct attention_block *b, int h) {
     float *p = b->score + h * KV_BLOCK_TOKENS;
     for (int t = b->visible; t < KV_BLOCK_TOKENS; t++) p[t] = -INFINITY;
@@ -399,7 +405,7 @@ static int64_t above(const float *z, int64_t begin, int64_t n, float threshold, 
 
 /* ---- floors of the benchmarks ---- */
 
-/* Reads everything once, the way a product at batch 1 does; the value only keeps the reads alive. */
+/* Reads everything once, as a product at batch 1 does; the value only keeps the reads alive. */
 static uint64_t sweep(const void *bytes, size_t n) {
     enum { CHAINS = 8, CHUNK = CHAINS * sizeof(vec) };
     const unsigned char *in = bytes;
