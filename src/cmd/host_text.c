@@ -155,13 +155,21 @@ static enum status choose_mode(struct host *h) {
         }
         return fail(STATUS_USAGE, "--think %s: it must be one of %s", p->think, known);
     }
-    if (f->close_id >= 0 || f->mode == THINK_OFF || p->budget > 0) return STATUS_OK;
+    if (f->mode == THINK_OFF || f->close_id >= 0) return STATUS_OK;
+    if (p->budget > 0) {
+        if (f->open_id < 0 && strcmp(param_word(p, PARAM_think_start), "auto") == 0) {
+            log_warn(
+                "this model has no <think> marker, so thinking would never start: pass "
+                "--think-start first_token");
+        }
+        return STATUS_OK;
+    }
     if (param_given(p, PARAM_think)) {
-        return fail(STATUS_USAGE,
-                    "--think %s: this model has no </think> marker, so --budget N is needed to end "
-                    "the thinking "
-                    "(or name its marker by --think-close)",
-                    p->think);
+        return fail(
+            STATUS_USAGE,
+            "--think %s: this model has no </think> marker: pass --budget N, which ends the "
+            "thinking, and --think-start first_token (or name its marker by --think-close)",
+            p->think);
     }
     f->mode = THINK_OFF;
     log_info(
