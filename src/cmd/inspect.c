@@ -43,6 +43,63 @@ static const char *file_dtype_name(enum config_dtype d) {
     return names[d];
 }
 
+/* Tensors of the model's files by number format. */
+struct tensor_tally {
+    int count, kinds;
+    struct {
+        char name[16];
+        int count;
+        int64_t bytes;
+    } kind[16];
+};
+
+static void tally_tensor(const source *s, const char *name, struct tensor_tally *t) {
+    struct source_tensor tensor;
+    if (!s->ops->find(s, name, &tensor)) return;
+    int k = 0;
+    while (k < t->kinds && strcmp(t->kind[k].name, tensor.dtype_name) != 0) k++;
+    if (k == (int)(sizeof t->kind / sizeof *t->kind)) return;
+    if (k == t->kinds)
+        snprintf(t->kind[t->kinds++].name, sizeof t->kind[k].name, "%s", tensor.dtype_name);
+    t->kind[k].count++;
+    t->kind[k].bytes += tensor.file_bytes;
+    t->count++;
+}
+
+static struct tensor_tally tally_tensors(const source *s) {
+    static const char *const whole[] = {"model.embed_tokens.weight", "model.norm.weight",
+                                        "lm_head.weight"};
+    static const char *const layer[] = {
+        "input_layernorm.weight",  "post_attention_layernorm.weight",
+        "self_attn.q_proj.weight", "self_attn.k_proj.weight",
+        "self_attn.v_proj.weight", "self_attn.o_proj.weight",
+        "self_attn.q_proj.bias",   "self_attn.k_proj.bias",
+        "self_attn.v_proj.bias",   "self_attn.q_norm.weight",
+        "self_attn.k_norm.weight", "mlp.gate_proj.weight",
+        "mlp.up_proj.weight",      "mlp.down_proj.weight"};
+    struct tensor_tally t = {0};
+    for (size_t i = 0; i < sizeof whole / sizeof *whole; i++) tally_tensor(s, whole[i], &t);
+    for (int l = 0; l < s->config.layers; l++) {
+        for (size_t i = 0; i < sizeof layer / sizeof *layer; i++) {
+            char name[128];
+            snprintf(name, sizeof name, "model.layers.%d.%s", l, layer[i]);
+            tally_tensor(s, name, &t);
+        }
+    }
+    return t;
+}
+
+static void print_tensors(const source *s) {
+    const struct tensor_tally t = tally_tensors(s);
+    char bytes[32];
+    printf("tensors           %d:", t.count);
+    for (int k = 0; k < t.kinds; k++) {
+        printf("%s %d %s (%s)", k ? "," : "", t.kind[k].count, t.kind[k].name,
+               progress_bytes((double)t.kind[k].bytes, bytes));
+    }
+    printf("\n");
+}
+
 struct rank_needs {
     int ranks;
     struct model_need need[SHARD_RANKS_MAX];
@@ -90,6 +147,7 @@ static void print_text(const struct host *h, const struct rank_needs *n, const c
     printf("chat template     %s\n", h->chat ? "yes" : "none usable");
     printf("in the file       %s, %s\n", progress_bytes((double)h->source->total_bytes, a),
            file_dtype_name(c->file_dtype));
+    print_tensors(h->source);
     printf("in memory         %s weights, %s KV cache\n", dtype_name(h->model_options.weight_dtype),
            dtype_name(h->model_options.kv_dtype));
     printf("rank counts       %s (1, 2, 4, 8 give the same bits)\n", ranks);
