@@ -81,7 +81,7 @@ static void test_messages(void) {
 
 static void test_precedence(void) {
     struct params p;
-    char path[] = "/tmp/sfumato-params-XXXXXX", flag[64];
+    char path[] = "./j_params-XXXXXX", flag[64];
     const int file = mkstemp(path);
     const char text[] =
         "{\"max_topk\":3,\"seed\":4,\"think\":\"gumbel\",\"quiet\":true,\"budget\":null,\"top_p\":"
