@@ -1,0 +1,208 @@
+/* kernels.h: every CUDA kernel of sfumato, as C functions. CUDA C++ stays behind this line.
+ *
+ * A launcher puts one or two kernels on a stream and returns at once: 0, or the CUDA runtime's error number.
+ * All pointers are device memory unless a comment says host; nothing here allocates, waits or
+ * talks to other ranks, so every call may be captured into a graph. Sizes come by value (a graph is
+ * made per batch bucket), everything that changes from step to step lies in device memory.
+ *
+ *   T rows, D hidden, H query heads, G kv heads, hd head dim, F ffn columns, V vocabulary rows: the
+ *   rank's own. bf16 weights and activations, fp32 residual, sums, scores and partials; bf16 KV.
+ *
+ * Packed weights, one layout for all products and for the embedding (mma.sync m16n8k16 fragments):
+ *
+ *   [row tile][column tile] 512 bytes = [lane 0..31] 16 bytes, lane = 4 g + t:
+ *       W[g][4t .. 4t+3], W[g + 8][4t .. 4t+3]        of the tile's 16 rows and 16 columns
+ *   GATE_UP: rows 0..7 of a tile are gate rows of 8 ffn columns, rows 8..15 their up rows
+ *   column tiles run part by part; a part's last tile is filled up with zeros
+ *
+ * Numerics: gpu.md section 3. KERNELS_DETERMINISTIC: a row's bits do not depend on T or its
+ * neighbours, and sums over slabs follow the tree of cpu.md section 3, so TP 1, 2, 4, 8 agree.
+ * KERNELS_FAST: the same kernel from 5 rows on, a weight-streaming GEMV with its own order below.
+ * Workspaces are zeroed once by the caller; kernels leave their counters at zero. One stream.
+ */
+#ifndef SFUMATO_KERNELS_KERNELS_H
+#define SFUMATO_KERNELS_KERNELS_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+typedef struct CUstream_st *kernels_stream; /* = cudaStream_t */
+
+enum {
+    KERNELS_TILE = 16,          /* rows and columns of a weight tile */
+    KERNELS_PARTS_MAX = 8,      /* slabs of a rank, or pieces of K */
+    KERNELS_PAGE_TOKENS = 64,   /* = kv/pages.h */
+    KERNELS_SPLIT_TOKENS = 256, /* attention: tokens whose scores are normalised together */
+    KERNELS_HEADS_TILE = 8,     /* query heads of one kv head that share a pass over the keys */
+    KERNELS_HEAD_DIM_MAX = 256,
+    KERNELS_CANDIDATES_MAX = 64,
+    KERNELS_RANKS_MAX = 64,
+};
+enum kernels_mode { KERNELS_FAST, KERNELS_DETERMINISTIC };
+enum kernels_kind { KERNELS_COLUMN, KERNELS_GATE_UP, KERNELS_ROW }; /* = enum matrix_kind */
+
+/* Once per process, after cudaSetDevice and before the first launch. */
+int kernels_setup(void);
+const char *kernels_error_text(int error);
+int kernels_multiprocessors(void); /* of the device of kernels_setup */
+
+/* ---- weights (pack.cu) ---- */
+
+struct kernels_matrix {
+    void *data; /* kernels_matrix_bytes, aligned to 16; set by the caller */
+    enum kernels_kind kind;
+    int32_t row_tiles, col_tiles;
+    int64_t rows, cols; /* N (GATE_UP: F), K local */
+    /* Pieces of K, each one chain of products. ROW: the slabs (an empty one is absent); else 8 equal pieces. */
+    int32_t part_count;
+    int32_t part_begin[KERNELS_PARTS_MAX + 1]; /* columns */
+    int32_t part_tile[KERNELS_PARTS_MAX + 1];  /* column tiles */
+};
+/* Host: fills everything but data. slab_begin: [slab_count + 1] column borders, ROW only. False:
+ * more slabs than KERNELS_PARTS_MAX, or a size beyond int32 tiles. */
+bool kernels_matrix_shape(enum kernels_kind kind, int64_t rows, int64_t cols, int slab_count,
+                          const int64_t *slab_begin, struct kernels_matrix *out);
+size_t kernels_matrix_bytes(const struct kernels_matrix *m);
+/* rows: [row_count][K] fp32, rows [row_begin, +row_count) of part (GATE_UP: 0 gate, 1 up), rounded
+ * to bf16 (RNE). The padding of data must have been zeroed before. */
+int kernels_pack(kernels_stream stream, const struct kernels_matrix *m, int part, int64_t row_begin,
+                 int64_t row_count, const float *rows);
+
+/* ---- embedding and norms (rows.cu) ---- */
+
+/* Slabs of the vocabulary: ids [begin[s], begin[s + 1]) belong to slab s. By value, host. */
+struct kernels_borders {
+    int32_t count; /* <= KERNELS_PARTS_MAX */
+    int64_t begin[KERNELS_PARTS_MAX + 1];
+};
+/* out[T][D] as embed_mix of backend.h, bit for bit as the CPU: mix_begin [T + 1], ids and weights CSR.
+ * Row i of m is id begin[0] + i. */
+int kernels_embed_mix(kernels_stream stream, int rows, const int32_t *mix_begin,
+                      const uint32_t *mix_ids, const float *mix_weights,
+                      const struct kernels_matrix *m, struct kernels_borders vocab, float *out);
+/* x[T][D] = first ? scale * sum : x + sum; h[T][D] (bf16) = rmsnorm(x) * weight. */
+int kernels_add_norm(kernels_stream stream, int rows, int hidden, bool first, float scale,
+                     const float *sum, float *x, const float *weight, float eps, uint16_t *h);
+/* h[i][D] = rmsnorm(x[rows[i]] + sum[rows[i]]) * weight; x is left alone. rows: [row_count], device. */
+int kernels_add_norm_rows(kernels_stream stream, const int32_t *rows, int row_count, int hidden,
+                          const float *sum, const float *x, const float *weight, float eps,
+                          uint16_t *h);
+/* sum[count] = tree sum over ranks of gathered[ranks][count] (after ncclAllGather; comm.h's tree). */
+int kernels_rank_tree(kernels_stream stream, int64_t count, int ranks, const float *gathered,
+                      float *sum);
+
+/* ---- products (product.cu: mma; gemv.cu: up to 4 rows in fast mode) ---- */
+
+/* For every matrix of the model: row_tiles_max = largest row_tiles. */
+size_t kernels_product_workspace_bytes(int row_tiles_max);
+/* COLUMN, ROW: out[T][N] fp32 = in[T][K] (bf16) W^T. ROW: +0.0f on each slab's partial, the slabs
+ * along the tree, all -0.0f when no slab has columns. Any T: more than 64 rows go in groups of 64. */
+int kernels_product(kernels_stream stream, enum kernels_mode mode, int rows,
+                    const struct kernels_matrix *m, const uint16_t *in, float *out,
+                    void *workspace);
+/* GATE_UP: act[T][F] (bf16) = silu(in Wgate) * (in Wup). */
+int kernels_gate_up(kernels_stream stream, enum kernels_mode mode, int rows,
+                    const struct kernels_matrix *m, const uint16_t *in, uint16_t *act,
+                    void *workspace);
+
+/* ---- attention (heads.cu, attention.cu) ---- */
+
+/* KV pool: [layer][page][G][keys then values][64 tokens][hd] bf16. */
+struct kernels_kv {
+    uint16_t *data;
+    int32_t layers, page_count, kv_heads, head_dim;
+};
+size_t kernels_kv_bytes(const struct kernels_kv *kv);
+
+/* One row of the step. position < 0: padding, touches no page and gives zeros. */
+struct kernels_row {
+    int32_t position; /* of the row in its sequence */
+    int32_t
+        page_begin; /* its sequence's list in pages; entry j holds positions [64 j, 64 j + 64) */
+};
+/* A run of query heads with one kv head. Host makes them from kv_of_head: consecutive heads of one
+ * kv head, at most KERNELS_HEADS_TILE in a tile; the array is device memory. */
+struct kernels_tile {
+    int32_t head_begin, head_count, kv_head;
+};
+struct kernels_heads {
+    int32_t heads, layer;         /* H; G and hd come from the kv pool */
+    const float *bias;            /* [(H + 2 G) hd] or NULL */
+    const float *q_norm, *k_norm; /* [hd] or NULL */
+    float norm_eps;
+    const float *rope_cos, *rope_sin; /* [positions][hd / 2] */
+};
+/* raw: [T][(H + 2 G) hd] fp32 from kernels_product with the qkv matrix. q[T][H][hd] fp32 = rope(norm(. + bias));
+ * keys and values of the rows go to their pages. Bits as the CPU's for equal raw. */
+int kernels_heads_append(kernels_stream stream, int rows, const struct kernels_row *row,
+                         const int32_t *pages, struct kernels_heads spec, struct kernels_kv kv,
+                         const float *raw, float *q);
+
+size_t kernels_attention_workspace_bytes(int rows, int tile_count, int head_dim, int context_max);
+/* o[T][H][hd] (bf16): causal attention over the pages. context_max: host bound on position + 1 of
+ * any row (of the bucket, when captured); the workspace was sized for at least (rows, context_max)
+ * or the kernel walks the splits of a row one after the other: same bits, less parallel. */
+int kernels_attention(kernels_stream stream, int rows, const struct kernels_row *row,
+                      const int32_t *pages, int layer, int heads, const struct kernels_tile *tiles,
+                      int tile_count, struct kernels_kv kv, int context_max, const float *q,
+                      uint16_t *o, void *workspace, size_t workspace_bytes);
+
+/* ---- statistics and candidates (candidates.cu) ---- */
+
+struct batch_probe; /* backend/batch.h; device copies of the batch's arrays */
+struct batch_edit;
+
+struct kernels_probes {
+    int32_t probe_count, candidate_count, watch_max;
+    const struct batch_probe *probes;
+    const struct batch_edit *edits;
+    const uint32_t *watch_ids;
+};
+size_t kernels_candidates_workspace_bytes(int probes_max, int64_t vocab_local);
+/* logits: [rows][V local]. records: probe_count x batch_record_bytes. As candidates of backend.h:
+ * m, lists and watched values exactly, s and q in an order of their own. */
+int kernels_candidates(kernels_stream stream, struct kernels_probes batch, const float *logits,
+                       struct kernels_borders vocab, int64_t vocab_count, void *records,
+                       void *workspace);
+/* out[V local], device: z' of every local id for one probe, -inf from vocab_count on. */
+int kernels_probe_logits(kernels_stream stream, struct kernels_probes batch, int probe,
+                         const float *logits, struct kernels_borders vocab, int64_t vocab_count,
+                         float *out);
+
+/* ---- the thinking step (think.cu) ---- */
+
+struct think_params; /* think/think.h */
+struct think_state;
+struct think_decision;
+
+/* What a row brings. */
+struct kernels_thinker {
+    int32_t probe;       /* whose records decide */
+    int32_t close_watch; /* index of the close marker among the probe's watched ids; -1: none */
+    int32_t slot;        /* index into params, states and decisions */
+};
+/* gathered: [ranks][probe_count] records. decisions[slot] for each of the `count` thinkers; states move
+ * on. status[slot]: 1 decided, 0 the list was too short (state unchanged, ask for the whole row),
+ * -1 the row has no finite maximum. */
+int kernels_think(kernels_stream stream, int count, const struct kernels_thinker *thinkers,
+                  struct kernels_probes batch, int ranks, const void *gathered,
+                  const struct think_params *params, struct think_state *states,
+                  struct think_decision *decisions, int32_t *status);
+
+/* ---- measuring (bench.cu) ---- */
+
+/* Reads bytes (a multiple of 16) once; sink: one word, its value means nothing. */
+int kernels_sweep(kernels_stream stream, const void *memory, size_t bytes, uint32_t *sink);
+/* mma.sync on registers only; *flops (host): operations of this launch. */
+int kernels_peak(kernels_stream stream, int64_t rounds, float *sink, double *flops);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif
