@@ -91,10 +91,20 @@ enum status host_plan_memory(struct host *h) {
     pages = comm_agree_min(h->comm, (int)pages);
     if (pages < whole) {
         const int64_t fits = pages * KV_PAGE_TOKENS;
+        if (h->params.kv_memory > 0 && (h->params.max_model_len > 0 || pages < 1)) {
+            char given[32], one[32];
+            return fail(STATUS_MEMORY,
+                        "--kv-memory %s holds %lld tokens, a sequence may have %lld, and a page of "
+                        "%d takes "
+                        "%s: raise it, or lower --max-model-len",
+                        progress_bytes((double)h->params.kv_memory, given), (long long)fits,
+                        (long long)h->engine_options.max_model_len, KV_PAGE_TOKENS,
+                        progress_bytes((double)h->need.kv_bytes_per_page, one));
+        }
         if (h->params.max_model_len > 0 || pages < 1) {
             return no_room(
                 h->need.weight_bytes + h->need.scratch_bytes + whole * h->need.kv_bytes_per_page,
-                h->params.kv_memory > 0 ? h->params.kv_memory : available, fits);
+                available, fits);
         }
         log_info("the model's %lld positions are cut to %lld, which is what the KV cache holds",
                  (long long)h->engine_options.max_model_len, (long long)fits);
