@@ -3,11 +3,11 @@
  *   accept ─► libevent (parses, limits) ─► on_request ─► connection limit, headers, Host, path,
  *                                                         OPTIONS, method, Origin, key, type ─► route
  *
- * libevent 2.1 has no limit on connections and tells nobody when an idle one closes. So a reference
- * is kept on the bufferevent of each connection; libevent takes its callbacks away when it frees
- * the connection, and a sweep finds those. A connection beyond the limit is told so (503) when its
- * first request has come; beyond some more the listener rests until others have closed.
- * Thread: net. Memory: a pointer a connection, an exchange a request.
+ * libevent 2.1 has no limit on connections and tells nobody when an idle one closes. So the inode
+ * of each socket is kept, and a sweep finds those that are gone. A connection beyond the limit is
+ * told so (503) when its first request has come; beyond some more the listener rests until others
+ * have closed. An exchange lives until its last byte is written, or its connection is closed.
+ * Thread: net. Memory: two words a connection, an exchange a request.
  */
 #include "serve/http.h"
 
@@ -21,32 +21,25 @@
 #include <stdlib.h>
 #include <string.h>
 #include <strings.h>
-#include <unistd.h>
+#include <sys/stat.h>
 
 #include "base/log.h"
 #include "serve/http_parts.h"
 
-enum { OVER_MAX = 64, SWEEP_SECONDS = 1 };
+enum { SWEEP_SECONDS = 1 };
 
 /* ---- connections ---- */
 
-/* libevent has let go of it. */
-static bool is_closed(struct bufferevent *connection) {
-    bufferevent_data_cb read, write;
-    bufferevent_event_cb event;
-    void *user;
-    bufferevent_getcb(connection, &read, &write, &event, &user);
-    return !event;
+/* The number of a closed descriptor is soon another socket's: its inode tells them apart. */
+static bool is_open(const struct connection *c) {
+    struct stat facts;
+    return fstat(c->fd, &facts) == 0 && facts.st_ino == c->inode;
 }
 
 static void sweep(struct http *h) {
     int kept = 0;
     for (int i = 0; i < h->connection_count; i++) {
-        if (is_closed(h->connections[i])) {
-            bufferevent_decref(h->connections[i]);
-        } else {
-            h->connections[kept++] = h->connections[i];
-        }
+        if (is_open(&h->connections[i])) h->connections[kept++] = h->connections[i];
     }
     h->connection_count = kept;
     if (h->resting && kept < h->connection_max + OVER_MAX) {
@@ -61,26 +54,41 @@ static void on_sweep(evutil_socket_t fd, short what, void *user) {
     sweep(user);
 }
 
-static struct bufferevent *on_accept(struct event_base *base, void *user) {
+/* libevent gives the socket to a connection after on_accept, and nothing can close it before this
+ * runs: it is next in the queue of the loop. */
+static void on_fresh(evutil_socket_t fd, short what, void *user) {
     struct http *h = user;
-    struct bufferevent *connection = bufferevent_socket_new(base, -1, 0);
-    if (!connection) return NULL;
-    if (h->connection_count >= h->connection_max) sweep(h);
-    if (h->connection_count < h->connection_max + OVER_MAX) {
-        bufferevent_incref(connection);
-        h->connections[h->connection_count++] = connection;
+    (void)fd;
+    (void)what;
+    for (int i = 0; i < h->fresh_count; i++) {
+        const int socket = bufferevent_getfd(h->fresh[i]);
+        struct stat facts;
+        if (fstat(socket, &facts) == 0 && h->connection_count < h->connection_max + OVER_MAX) {
+            h->connections[h->connection_count++] = (struct connection){socket, facts.st_ino};
+        }
     }
+    h->fresh_count = 0;
+    if (h->connection_count >= h->connection_max) sweep(h);
     if (h->connection_count == h->connection_max + OVER_MAX) {
         h->resting = true;
         evconnlistener_disable(h->listener);
     }
+}
+
+static struct bufferevent *on_accept(struct event_base *base, void *user) {
+    struct http *h = user;
+    struct bufferevent *connection = bufferevent_socket_new(base, -1, 0);
+    if (!connection) return NULL;
+    if (h->fresh_count == FRESH_MAX) on_fresh(-1, 0, h);
+    h->fresh[h->fresh_count++] = connection;
+    event_active(h->on_fresh, 0, 0);
     return connection;
 }
 
 static bool is_over_limit(const struct http *h, struct evhttp_connection *connection) {
-    const struct bufferevent *given = evhttp_connection_get_bufferevent(connection);
+    const int fd = bufferevent_getfd(evhttp_connection_get_bufferevent(connection));
     for (int i = h->connection_max; i < h->connection_count; i++) {
-        if (h->connections[i] == given) return true;
+        if (h->connections[i].fd == fd) return true;
     }
     return false;
 }
@@ -224,19 +232,99 @@ static bool check(struct exchange *x, enum evhttp_cmd_type method) {
     return true;
 }
 
-static void on_request(struct evhttp_request *request, void *user) {
-    struct http *h = user;
-    const enum evhttp_cmd_type method = evhttp_request_get_command(request);
-    const struct evhttp_uri *uri = evhttp_request_get_evhttp_uri(request);
-    struct exchange *x = calloc(1, sizeof *x);
-    if (!x) {
-        evhttp_send_error(request, 503, NULL);
-        return;
+/* ---- life of an exchange ---- */
+
+static void unlink_exchange(struct exchange *x) {
+    struct http *h = x->http;
+    if (x->prev) {
+        x->prev->next = x->next;
+    } else {
+        h->exchanges = x->next;
     }
+    if (x->next) x->next->prev = x->prev;
+}
+
+/* libevent frees the connection. A request that was not answered it has taken out before: that one
+ * is ours. */
+static void on_closed(struct evhttp_connection *connection, void *user) {
+    struct exchange *x = user;
+    (void)connection;
+    struct evhttp_request *request = x->answered ? NULL : x->request;
+    if (!x->answered && x->on_gone) x->on_gone(x);
+    if (!x->answered) x->status = 499;
+    http_finish(x);
+    if (request && !evhttp_request_get_connection(request)) evhttp_request_free(request);
+}
+
+/* The last byte was written. */
+static void on_complete(struct evhttp_request *request, void *user) {
+    static const struct timeval idle = {.tv_sec = HTTP_IDLE_SECONDS};
+    struct evhttp_connection *connection = evhttp_request_get_connection(request);
+    evhttp_connection_set_closecb(connection, NULL, NULL);
+    bufferevent_set_timeouts(evhttp_connection_get_bufferevent(connection), &idle, &idle);
+    http_finish(user);
+}
+
+void http_finish(struct exchange *x) {
+    unlink_exchange(x);
+    http_count(x);
+    if (x->chunk) evbuffer_free(x->chunk);
+    free(x);
+}
+
+static struct exchange *exchange_new(struct http *h, struct evhttp_request *request) {
+    struct evhttp_connection *connection = evhttp_request_get_connection(request);
+    struct exchange *x = calloc(1, sizeof *x);
+    if (!x) return NULL;
     x->http = h;
     x->site = &h->site;
     x->request = request;
     x->begin = service_clock();
+    x->next = h->exchanges;
+    if (x->next) x->next->prev = x;
+    h->exchanges = x;
+    evhttp_connection_set_closecb(connection, on_closed, x);
+    evhttp_request_set_on_complete_cb(request, on_complete, x);
+    return x;
+}
+
+void http_hold(struct exchange *x) {
+    /* The idle limit would count from the request's last byte, however long thinking takes. */
+    struct evhttp_connection *connection = evhttp_request_get_connection(x->request);
+    bufferevent_set_timeouts(evhttp_connection_get_bufferevent(connection), NULL, NULL);
+}
+
+void http_answered(struct exchange *x, int status) {
+    static const struct timeval idle = {.tv_sec = HTTP_IDLE_SECONDS};
+    struct evhttp_connection *connection = evhttp_request_get_connection(x->request);
+    bufferevent_set_timeouts(evhttp_connection_get_bufferevent(connection), NULL, &idle);
+    x->answered = true;
+    x->status = status;
+}
+
+void http_cut(struct exchange *x) {
+    struct evhttp_connection *connection = evhttp_request_get_connection(x->request);
+    evhttp_connection_set_closecb(connection, NULL, NULL);
+    x->status = 499;
+    http_finish(x);
+    evhttp_connection_free(connection);
+}
+
+const char *http_body(struct exchange *x, size_t *n) {
+    struct evbuffer *body = evhttp_request_get_input_buffer(x->request);
+    *n = evbuffer_get_length(body);
+    return *n > 0 ? (const char *)evbuffer_pullup(body, -1) : "";
+}
+
+static void on_request(struct evhttp_request *request, void *user) {
+    struct http *h = user;
+    const enum evhttp_cmd_type method = evhttp_request_get_command(request);
+    const struct evhttp_uri *uri = evhttp_request_get_evhttp_uri(request);
+    struct exchange *x = exchange_new(h, request);
+    if (!x) {
+        evhttp_send_error(request, 503, NULL);
+        return;
+    }
     x->head = method == EVHTTP_REQ_HEAD;
     x->path = uri ? evhttp_uri_get_path(uri) : NULL;
     if (!x->path || !*x->path) x->path = "/";
@@ -252,41 +340,6 @@ static void on_request(struct evhttp_request *request, void *user) {
         return;
     }
     if (check(x, method)) x->route->run(x);
-}
-
-/* ---- a route keeps its exchange ---- */
-
-/* libevent frees the connection, and has taken the request out of it: the request is ours. */
-static void on_closed(struct evhttp_connection *connection, void *user) {
-    struct exchange *x = user;
-    (void)connection;
-    struct evhttp_request *request = x->request;
-    if (x->on_gone) x->on_gone(x);
-    http_forget(x, 499);
-    if (!evhttp_request_get_connection(request)) evhttp_request_free(request);
-}
-
-void http_hold(struct exchange *x) {
-    struct evhttp_connection *connection = evhttp_request_get_connection(x->request);
-    /* The idle limit would count from the request's last byte, however long thinking takes. */
-    bufferevent_set_timeouts(evhttp_connection_get_bufferevent(connection), NULL, NULL);
-    evhttp_connection_set_closecb(connection, on_closed, x);
-    x->held = true;
-}
-
-void http_let_go(struct exchange *x) {
-    static const struct timeval idle = {.tv_sec = HTTP_IDLE_SECONDS};
-    struct evhttp_connection *connection = evhttp_request_get_connection(x->request);
-    if (!x->held) return;
-    x->held = false;
-    evhttp_connection_set_closecb(connection, NULL, NULL);
-    bufferevent_set_timeouts(evhttp_connection_get_bufferevent(connection), &idle, &idle);
-}
-
-const char *http_body(struct exchange *x, size_t *n) {
-    struct evbuffer *body = evhttp_request_get_input_buffer(x->request);
-    *n = evbuffer_get_length(body);
-    return *n > 0 ? (const char *)evbuffer_pullup(body, -1) : "";
 }
 
 /* ---- the front ---- */
@@ -327,7 +380,7 @@ static void http_close(void *state) {
     } else if (h->listener) {
         evconnlistener_free(h->listener);
     }
-    for (int i = 0; i < h->connection_count; i++) bufferevent_decref(h->connections[i]);
+    if (h->on_fresh) event_free(h->on_fresh);
     free(h->connections);
     free(h);
 }
@@ -342,9 +395,11 @@ static enum status http_open(const struct front_site *site, void **state) {
     h->connection_max = (int)site->params->max_connections;
     h->connections = calloc((size_t)h->connection_max + OVER_MAX, sizeof *h->connections);
     h->sweep = event_new(site->base, -1, EV_PERSIST, on_sweep, h);
+    h->on_fresh = event_new(site->base, -1, 0, on_fresh, h);
     TRY_GOTO(listen_at(h), out);
     struct evhttp *evhttp = evhttp_new(site->base);
-    if (!evhttp || !h->connections || !h->sweep || !evhttp_bind_listener(evhttp, h->listener)) {
+    if (!evhttp || !h->connections || !h->sweep || !h->on_fresh ||
+        !evhttp_bind_listener(evhttp, h->listener)) {
         if (evhttp) evhttp_free(evhttp);
         TRY_GOTO(fail(STATUS_MEMORY, "no memory for HTTP"), out);
     }
@@ -380,12 +435,7 @@ static int http_port(const void *state) {
 
 static bool http_busy(const void *state) {
     const struct http *h = state;
-    for (int i = 0; i < h->connection_count; i++) {
-        struct bufferevent *connection = h->connections[i];
-        if (is_closed(connection)) continue;
-        if (evbuffer_get_length(bufferevent_get_output(connection)) > 0) return true;
-    }
-    return false;
+    return h->exchanges != NULL;
 }
 
 const struct front http_front = {

@@ -47,9 +47,11 @@ struct exchange {
     double begin;
     bool head;              /* HEAD: headers only */
     bool streaming;         /* the status line of a stream is out */
-    bool held;              /* past its route function */
+    bool answered;          /* nothing more will be said; x lives until it is written */
+    int status;             /* of the answer */
     struct evbuffer *chunk; /* of a stream, used again */
-    /* The client has gone; the exchange is freed after this. NULL: nothing to do. */
+    struct exchange *next, *prev;
+    /* The client has gone, before an answer; the exchange is freed after this. May be NULL. */
     void (*on_gone)(struct exchange *x);
     void *user; /* of the route */
 };
@@ -76,7 +78,7 @@ void http_cut(struct exchange *x);
 const char *http_body(struct exchange *x, size_t *n);
 /* Value of a header, or NULL. */
 const char *http_find(const struct exchange *x, const char *name);
-/* Keeps the exchange past its route function: watches for a client that leaves. */
+/* The route keeps the exchange: no idle limit while the client waits. */
 void http_hold(struct exchange *x);
 
 /* ---- routes ---- */

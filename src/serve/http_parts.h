@@ -2,21 +2,34 @@
 #ifndef SFUMATO_SERVE_HTTP_PARTS_H
 #define SFUMATO_SERVE_HTTP_PARTS_H
 
+#include <sys/types.h>
+
 #include "serve/http.h"
+
+enum { OVER_MAX = 64, FRESH_MAX = 64 };
+
+struct connection {
+    int fd;
+    ino_t inode;
+};
 
 struct http {
     struct front_site site;
     struct evhttp *evhttp;
     struct evconnlistener *listener;
-    struct bufferevent **connections; /* [connection_max + OVER_MAX], those beyond are too many */
+    struct connection *connections; /* [connection_max + OVER_MAX], those beyond are too many */
     int connection_count, connection_max;
+    struct bufferevent *fresh[FRESH_MAX]; /* accepted in this turn of the loop */
+    int fresh_count;
     bool resting; /* the listener is disabled */
-    struct event *sweep;
+    struct event *sweep, *on_fresh;
+    struct exchange *exchanges; /* not completely written yet */
 };
 
-/* The exchange gets no more news of its client; the idle limit applies again. */
-void http_let_go(struct exchange *x);
-/* Counts it and frees the exchange; status 499: nobody was there to be answered. */
-void http_forget(struct exchange *x, int status);
+/* Nothing more will be said: what is left to write must go out within the idle limit. */
+void http_answered(struct exchange *x, int status);
+/* Counts and frees the exchange. */
+void http_finish(struct exchange *x);
+void http_count(const struct exchange *x);
 
 #endif

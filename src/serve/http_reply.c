@@ -10,18 +10,16 @@ void http_header(struct exchange *x, const char *name, const char *value) {
     evhttp_add_header(evhttp_request_get_output_headers(x->request), name, value);
 }
 
-void http_forget(struct exchange *x, int status) {
+void http_count(const struct exchange *x) {
     struct metrics *m = x->site->metrics;
     const int handler = x->route ? (int)(x->route - http_routes) : http_route_count;
     enum { METHODS = 3, STATUSES = 4, OTHER = 2 };
     const int method = !x->route ? OTHER : x->route->method == ROUTE_GET ? 0 : 1;
-    const int class = status / 100 - 2;
+    const int class = x->status / 100 - 2;
     if (class >= 0 && class < STATUSES) {
         metric_add(m, METRIC_http_requests, (handler * METHODS + method) * STATUSES + class, 1);
     }
     metric_observe(m, METRIC_http_time, handler, service_clock() - x->begin);
-    if (x->chunk) evbuffer_free(x->chunk);
-    free(x);
 }
 
 /* Headers of every answer. */
@@ -69,7 +67,7 @@ void http_reply(struct exchange *x, int status, const char *type, const void *by
     struct evhttp_request *request = x->request;
     struct evbuffer *body = evbuffer_new();
     char length[32];
-    http_let_go(x);
+    http_answered(x, status);
     common_headers(x);
     if (type) http_header(x, "Content-Type", type);
     if (x->head) {
@@ -78,7 +76,6 @@ void http_reply(struct exchange *x, int status, const char *type, const void *by
     } else if (body) {
         evbuffer_add(body, bytes, n);
     }
-    http_forget(x, status);
     evhttp_send_reply(request, status, reason_of(status), body);
     if (body) evbuffer_free(body);
 }
@@ -146,17 +143,8 @@ void http_stream_comment(struct exchange *x, const char *text) {
 }
 
 void http_stream_end(struct exchange *x, bool close) {
-    struct evhttp_request *request = x->request;
-    http_let_go(x);
+    http_answered(x, 200);
     /* The headers are out; libevent looks here again when the last byte has been written. */
     if (close) http_header(x, "Connection", "close");
-    http_forget(x, 200);
-    evhttp_send_reply_end(request);
-}
-
-void http_cut(struct exchange *x) {
-    struct evhttp_connection *connection = evhttp_request_get_connection(x->request);
-    http_let_go(x);
-    http_forget(x, 499);
-    evhttp_connection_free(connection);
+    evhttp_send_reply_end(x->request);
 }
