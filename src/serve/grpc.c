@@ -216,6 +216,7 @@ static void on_closed(void *user, h2_stream *s) {
         json_writer_fini(&r->choices[i].text);
         json_writer_fini(&r->choices[i].reasoning);
         json_writer_fini(&r->choices[i].records);
+        json_writer_fini(&r->choices[i].logprobs);
     }
     free(r->choices);
     free(r);

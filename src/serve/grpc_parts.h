@@ -35,7 +35,8 @@ extern const struct grpc_method grpc_sfumato_methods[], grpc_vllm_methods[], grp
 /* What a choice has said so far, as far as it must be said again at its end. */
 struct grpc_choice {
     struct json_writer text, reasoning; /* plain bytes */
-    struct json_writer records;         /* serialised messages; joined they are one message */
+    /* serialised messages of repeated fields: joined they are one message */
+    struct json_writer records, logprobs;
 };
 
 struct rpc {

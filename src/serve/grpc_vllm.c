@@ -17,7 +17,7 @@ typedef Vllm__Grpc__Engine__GenerateRequest generate_request;
 typedef Vllm__Grpc__Engine__GenerateComplete generate_complete;
 typedef Vllm__Grpc__Engine__OutputLogProbs output_logprobs;
 
-enum { RESPONSE_COMPLETE = 2 }; /* field number, appended by hand */
+enum { RESPONSE_COMPLETE = 2, COMPLETE_LOGPROBS = 6 }; /* fields appended by hand */
 
 /* ---- requests ---- */
 
@@ -119,7 +119,7 @@ static enum status to_tree(struct rpc *r, const struct body_facts *facts, genera
 
 /* ---- responses ---- */
 
-/* One step as pieces of both answers; lists of one entry, to be joined. */
+/* One step: lists of one entry, which the complete answer joins. */
 static void fill_logprobs(const struct engine_event *e, uint32_t *id, float *logprob,
                           Vllm__Grpc__Engine__TopLogProbs *top,
                           Vllm__Grpc__Engine__TopLogProbs **tops, output_logprobs *out) {
@@ -169,18 +169,20 @@ static void on_step(void *user, call *c, int choice, const struct engine_event *
     (void)delta;
     piece.n_output_ids = 1;
     piece.output_ids = &id;
-    if (call_body(c)->request.logprobs) {
-        fill_logprobs(e, &id, &logprob, &top, tops, &logprobs);
-        piece.output_logprobs = &logprobs;
-    }
+    const bool with_logprobs = call_body(c)->request.logprobs;
     grpc_pack(&piece, &r->choices[choice].records);
+    if (with_logprobs) {
+        fill_logprobs(e, &id, &logprob, &top, tops, &logprobs);
+        grpc_pack(&logprobs, &r->choices[choice].logprobs);
+    }
     reply_forget(call_reply(c, choice)); /* its JSON is not wanted here */
-    if (call_streams(c)) send_chunk(r, c, choice, &id, piece.output_logprobs);
+    if (call_streams(c)) send_chunk(r, c, choice, &id, with_logprobs ? &logprobs : NULL);
 }
 
 static void on_finish(void *user, call *c, int choice, const struct stream_delta *last) {
     struct rpc *r = user;
     struct json_writer *records = &r->choices[choice].records, *out = &r->front->scratch;
+    const struct json_writer *logprobs = &r->choices[choice].logprobs;
     generate_complete rest = VLLM__GRPC__ENGINE__GENERATE_COMPLETE__INIT;
     struct reply_summary s;
     (void)last;
@@ -200,9 +202,10 @@ static void on_finish(void *user, call *c, int choice, const struct stream_delta
         rest.matched_token_id = s.stop_id;
     }
     grpc_pack(&rest, records);
+    if (logprobs->n) wire_write_field(records, COMPLETE_LOGPROBS, logprobs->bytes, logprobs->n);
     json_writer_clear(out);
     wire_write_field(out, RESPONSE_COMPLETE, records->bytes, records->n);
-    out->failed |= records->failed;
+    out->failed |= records->failed || logprobs->failed;
     grpc_send_bytes(r, out);
     json_writer_fini(records);
 }

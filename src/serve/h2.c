@@ -70,6 +70,8 @@ struct h2_stream {
     struct evbuffer *out;
     bool answered; /* response headers are on their way */
     bool ended;
+    bool answer_complete; /* its last frame is written */
+    bool reset;
     bool remote_closed;
     int status;
     char request_id[160];
@@ -242,7 +244,7 @@ void h2_stream_cut(h2_stream *s, int grpc_status, const char *message) {
         h2_stream_end(s, grpc_status, message);
         return;
     }
-    s->ended = true;
+    s->ended = s->reset = true;
     evbuffer_drain(s->out, evbuffer_get_length(s->out));
     nghttp2_submit_rst_stream(s->connection->session, NGHTTP2_FLAG_NONE, s->id,
                               NGHTTP2_ENHANCE_YOUR_CALM);
@@ -432,23 +434,33 @@ static int on_frame(nghttp2_session *session, const nghttp2_frame *frame, void *
     }
 }
 
+/* The answer is complete and the peer still sends: it need not go on (RFC 9113 §8.1). Not said
+ * earlier, as some clients take a reset for an error while they have not read the answer. */
+static void stop_upload(h2_stream *s) {
+    if (!s->answer_complete || s->reset) return;
+    s->reset = true;
+    nghttp2_submit_rst_stream(s->connection->session, NGHTTP2_FLAG_NONE, s->id, NGHTTP2_NO_ERROR);
+    touch(s->connection);
+}
+
 static int on_data(nghttp2_session *session, uint8_t flags, int32_t id, const uint8_t *bytes,
                    size_t n, void *user) {
     h2_stream *s = nghttp2_session_get_stream_user_data(session, id);
     (void)flags;
     (void)user;
-    if (s && s->headers_done && !s->ended) read_data(s, bytes, n);
+    if (s && s->ended) {
+        stop_upload(s);
+    } else if (s && s->headers_done) {
+        read_data(s, bytes, n);
+    }
     return 0;
 }
 
-/* The answer is complete while the peer still sends: it need not go on (RFC 9113 §8.1). */
 static int on_sent(nghttp2_session *session, const nghttp2_frame *frame, void *user) {
     (void)user;
     if (frame->hd.type != NGHTTP2_HEADERS || !(frame->hd.flags & NGHTTP2_FLAG_END_STREAM)) return 0;
-    const h2_stream *s = nghttp2_session_get_stream_user_data(session, frame->hd.stream_id);
-    if (s && !s->remote_closed) {
-        nghttp2_submit_rst_stream(session, NGHTTP2_FLAG_NONE, s->id, NGHTTP2_NO_ERROR);
-    }
+    h2_stream *s = nghttp2_session_get_stream_user_data(session, frame->hd.stream_id);
+    if (s) s->answer_complete = true;
     return 0;
 }
 
@@ -611,12 +623,12 @@ static void on_accept_failed(struct evconnlistener *listener, void *user) {
     h->listener_rests = true;
 }
 
+/* Requests that do not arrive. */
 static void sweep_streams(struct connection *c, double now) {
     for (h2_stream *s = c->streams; s; s = s->next) {
-        if (s->remote_closed || s->ended || now - s->opened_at < c->owner->options.idle_seconds) {
-            continue;
-        }
+        if (s->remote_closed || now - s->opened_at < c->owner->options.idle_seconds) continue;
         h2_stream_end(s, H2_DEADLINE_EXCEEDED, "the request did not arrive in time");
+        stop_upload(s);
     }
 }
 
