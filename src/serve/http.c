@@ -288,16 +288,29 @@ static struct exchange *exchange_new(struct http *h, struct evhttp_request *requ
     return x;
 }
 
+/* After a request libevent stops reading, and would not see the client leave before it writes. So
+ * reading goes on, without its callback, which takes more bytes now for a bug; what a client sends
+ * ahead waits, up to a limit. */
 void http_hold(struct exchange *x) {
-    /* The idle limit would count from the request's last byte, however long thinking takes. */
     struct evhttp_connection *connection = evhttp_request_get_connection(x->request);
-    bufferevent_set_timeouts(evhttp_connection_get_bufferevent(connection), NULL, NULL);
+    struct bufferevent *b = evhttp_connection_get_bufferevent(connection);
+    bufferevent_data_cb read, write;
+    bufferevent_event_cb event;
+    void *user;
+    /* The idle limit would count from the request's last byte, however long thinking takes. */
+    bufferevent_set_timeouts(b, NULL, NULL);
+    bufferevent_getcb(b, &read, &write, &event, &user);
+    bufferevent_setcb(b, NULL, write, event, user);
+    bufferevent_setwatermark(b, EV_READ, 0, HTTP_AHEAD_MAX);
+    bufferevent_enable(b, EV_READ);
 }
 
 void http_answered(struct exchange *x, int status) {
     static const struct timeval idle = {.tv_sec = HTTP_IDLE_SECONDS};
     struct evhttp_connection *connection = evhttp_request_get_connection(x->request);
-    bufferevent_set_timeouts(evhttp_connection_get_bufferevent(connection), NULL, &idle);
+    struct bufferevent *b = evhttp_connection_get_bufferevent(connection);
+    bufferevent_set_timeouts(b, NULL, &idle);
+    bufferevent_setwatermark(b, EV_READ, 0, 0);
     x->answered = true;
     x->status = status;
 }

@@ -18,7 +18,12 @@
 
 #include "serve/net.h"
 
-enum { HTTP_HEADERS_MAX = 64 * 1024, HTTP_IDLE_SECONDS = 60, HTTP_BACKLOG = 4096 };
+enum {
+    HTTP_HEADERS_MAX = 64 * 1024,
+    HTTP_IDLE_SECONDS = 60,
+    HTTP_BACKLOG = 4096,
+    HTTP_AHEAD_MAX = 64 * 1024
+};
 
 struct http;
 struct exchange;
