@@ -23,7 +23,9 @@
 #include "base/log.h"
 
 enum {
-    SPIN_PAUSES = 400,     /* ~20 us: longer than the usual imbalance of two threads in a task */
+    /* 50 us on Zen 4, 140 us on Skylake: several times the imbalance of a task. A thread that yields on
+     * a busy core loses a whole time slice, and then the others wait for it. */
+    SPIN_PAUSES = 3000,
     YIELDS_PER_CLOCK = 16, /* look at the clock this often while yielding */
     PARK_AFTER_NS = 1000000,
     CORES_MAX = 4096,

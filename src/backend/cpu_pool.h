@@ -5,7 +5,7 @@
  * wait is in three stages, because a step has ~100 tasks a few hundred microseconds apart but a
  * server may idle for hours, and because somebody else may be using our cores:
  *
- *   spin with pauses (~20 us)  ->  sched_yield (to ~1 ms)  ->  futex: no CPU at all
+ *   spin with pauses (~50 us)  ->  sched_yield (to ~1 ms)  ->  futex: no CPU at all
  *
  * With more threads than cores the spinning stage is left out. Ranges are static: element i of n
  * belongs to the same thread in every step, so weights stay in the memory (and caches) of their
