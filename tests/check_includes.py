@@ -17,7 +17,7 @@ MAY = {
     "kv": set(),
     "think": set(),
     "backend": set(),
-    "comm": set(),
+    "comm": {"backend"},
     "model": {"load", "backend", "comm", "kv"},
     "engine": {"model", "load", "backend", "comm", "kv", "think"},
     "serve": {"engine", "text", "load", "think"},
@@ -29,12 +29,17 @@ SERVE_ENGINE = {"engine/request.h"}
 # header: the only places that may include it
 QUARANTINE = {
     "mpi.h": r"comm/",
+    "nccl.h": r"comm/comm_nccl\.c",
+    "cuda_runtime_api.h": r"backend/cuda",
+    "kernels/kernels.h": r"backend/cuda",
     "hwloc.h": r"backend/",
     "argp.h": r"base/params\.c",
     "pcre2.h": r"text/",
     "utf8proc.h": r"text/",
     "immintrin.h": r"backend/",
     "pthread.h": r"backend/|comm/",
+    "nghttp2/nghttp2.h": r"serve/h2\.c",
+    "protobuf-c/protobuf-c.h": r"serve/grpc_parts\.h",
     "math.h": r".*",
 }
 

@@ -22,9 +22,9 @@
 #include "base/check.h"
 
 enum backend_dtype { BACKEND_F32, BACKEND_BF16 };
-enum backend_isa { ISA_AUTO, ISA_SCALAR, ISA_AVX2, ISA_AVX512, ISA_AVX512BF16 };
-/* The numeric class decides bits: all levels of FMA agree with one another; DPBF16 has its own. */
-enum backend_numerics { NUMERICS_AUTO, NUMERICS_FMA, NUMERICS_DPBF16 };
+enum backend_isa { ISA_AUTO, ISA_SCALAR, ISA_AVX2, ISA_AVX512, ISA_AVX512BF16, ISA_CUDA };
+/* The numeric class decides bits: all levels of FMA agree with one another; DPBF16 has its own, and a GPU its own. */
+enum backend_numerics { NUMERICS_AUTO, NUMERICS_FMA, NUMERICS_DPBF16, NUMERICS_CUDA };
 
 struct backend_config {
     enum backend_isa isa;           /* highest level to use */
@@ -33,6 +33,7 @@ struct backend_config {
     int local_rank, local_ranks;    /* for pinning */
     int rows_max;                   /* T never exceeds it */
     int logit_rows_max, probes_max; /* per step */
+    bool deterministic;             /* CUDA: sums in slab order; the CPU has no other */
 };
 
 typedef struct backend backend;
@@ -46,28 +47,30 @@ enum matrix_kind {
 struct matrix_spec {
     enum matrix_kind kind;
     enum backend_dtype dtype;
-    int64_t rows, cols;          /* N (for GATE_UP: F) and K, local */
-    bool lookup_only;            /* read by embed_mix alone: not part of a step's read floor */
-    int slab_count;              /* ROW only */
-    const int64_t *slab_begin;   /* ROW only: [slab_count + 1] local column borders; slabs may be empty */
+    int64_t rows, cols; /* N (for GATE_UP: F) and K, local */
+    bool lookup_only;   /* read by embed_mix alone: not part of a step's read floor */
+    int slab_count;     /* ROW only */
+    const int64_t
+        *slab_begin; /* ROW only: [slab_count + 1] local column borders; slabs may be empty */
 };
 
 /* Where keys and values of all layers live. */
 struct kv_spec {
-    int layers, kv_heads /* G */, head_dim;
+    int layers, heads /* H */, kv_heads /* G */, head_dim;
+    int positions_max; /* of one sequence */
     int32_t page_count;
     enum backend_dtype dtype;
 };
 
 /* One layer's attention inputs (fp32 vectors are borrowed device memory, NULL = absent). */
 struct attention_spec {
-    const matrix *qkv;                   /* [(H + 2 G) hd, D]: q rows, then k rows, then v rows */
-    const float *bias;                   /* [(H + 2 G) hd] or NULL */
-    const float *q_norm, *k_norm;        /* [hd] or NULL */
+    const matrix *qkv;            /* [(H + 2 G) hd, D]: q rows, then k rows, then v rows */
+    const float *bias;            /* [(H + 2 G) hd] or NULL */
+    const float *q_norm, *k_norm; /* [hd] or NULL */
     float norm_eps;
-    int heads, kv_heads, head_dim;       /* H, G, hd local */
-    const int *kv_of_head;               /* [H] local kv head of each local query head */
-    const float *rope_cos, *rope_sin;    /* [max_positions, hd/2], made once in double */
+    int heads, kv_heads, head_dim;    /* H, G, hd local */
+    const int *kv_of_head;            /* [H] local kv head of each local query head */
+    const float *rope_cos, *rope_sin; /* [max_positions, hd/2], made once in double */
     int layer;
 };
 
@@ -78,6 +81,15 @@ struct backend_ops {
      * when there is none. */
     void *(*alloc)(backend *b, size_t bytes, const char *what);
     enum status (*write)(backend *b, void *device, const void *host, size_t bytes);
+    /* host[bytes] = device memory, once everything asked for before has been done. */
+    void (*read)(backend *b, void *host, const void *device, size_t bytes);
+    /* Device to device, in order with the verbs; the caller does not wait. */
+    void (*copy)(backend *b, void *to, const void *from, size_t bytes);
+    /* Bytes the device can still give. NULL: device memory is the host's. */
+    int64_t (*free_bytes)(backend *b);
+    /* sum[count] = the tree of comm_tree.h over gathered[R][count], all on the device. NULL: as
+     * above. */
+    void (*tree_sum)(backend *b, const float *gathered, int ranks, size_t count, float *sum);
 
     /* Packed weights. load: part is 0 except for GATE_UP; rows [row_begin, +row_count) of the part,
      * all K columns, row-major fp32, rounded to the matrix's dtype (RNE). Every row is loaded once.
@@ -87,6 +99,9 @@ struct backend_ops {
                         const float *rows);
     enum status (*kv_new)(backend *b, const struct kv_spec *spec);
 
+    /* A step begins: copies the batch to the device. The verbs of the step get the same batch.
+     * NULL: they read the host's. */
+    void (*begin)(backend *b, const struct batch *batch);
     /* out[T,D] = this rank's part of the concept embeddings: per slab, fma in the order of the
      * record, first term a plain product; slabs along the tree; a row with no id here is all -0.0f
      * (absent).
@@ -138,6 +153,12 @@ struct backend {
     enum backend_numerics numerics; /* in use: FMA or DPBF16 */
     int threads;
     size_t weight_bytes, kv_bytes, scratch_bytes; /* taken so far */
+    /* A GPU only. stream: what all verbs run on (cudaStream_t). watch: called again and again while
+     * the host waits for the device, so that whoever has work on the stream can see that it will
+     * never end; it may end the job. */
+    void *stream;
+    void (*watch)(void *user, double waited_seconds);
+    void *watch_user;
 };
 
 /* The highest numeric class this machine could use under `config` (for comm_agree_min). */
@@ -145,6 +166,10 @@ enum backend_numerics cpu_numerics(const struct backend_config *config);
 /* Bytes matrix_new takes for this shape (panels padded). */
 int64_t cpu_matrix_bytes(const struct matrix_spec *spec);
 enum status cpu_open(const struct backend_config *config, backend **out);
+/* cuda.c, in programs built with SFUMATO_CUDA. STATUS_USAGE, saying what is missing, where no GPU can be
+ * used; the program starts without a driver all the same. probe: opens nothing. */
+enum status cuda_probe(int local_rank);
+enum status cuda_open(const struct backend_config *config, backend **out);
 const char *backend_isa_name(enum backend_isa isa);
 const char *backend_numerics_name(enum backend_numerics n);
 

@@ -49,12 +49,12 @@ enum backend_numerics cpu_numerics(const struct backend_config *config) {
 }
 
 const char *backend_isa_name(enum backend_isa isa) {
-    static const char *const names[] = {"auto", "scalar", "avx2", "avx512", "avx512bf16"};
+    static const char *const names[] = {"auto", "scalar", "avx2", "avx512", "avx512bf16", "cuda"};
     return names[isa];
 }
 
 const char *backend_numerics_name(enum backend_numerics n) {
-    static const char *const names[] = {"auto", "fma", "dpbf16"};
+    static const char *const names[] = {"auto", "fma", "dpbf16", "cuda"};
     return names[n];
 }
 
@@ -76,6 +76,11 @@ static enum status cpu_write(backend *b, void *device, const void *host, size_t 
     (void)b;
     memcpy(device, host, bytes);
     return STATUS_OK;
+}
+
+static void cpu_copy(backend *b, void *to, const void *from, size_t bytes) {
+    (void)b;
+    memcpy(to, from, bytes);
 }
 
 /* ---- benchmarks ---- */
@@ -198,6 +203,8 @@ static const struct backend_ops cpu_ops = {
     .close = cpu_close,
     .alloc = cpu_alloc,
     .write = cpu_write,
+    .read = cpu_copy,
+    .copy = cpu_copy,
     .matrix_new = cpu_matrix_new,
     .matrix_load = cpu_matrix_load,
     .kv_new = cpu_kv_new,

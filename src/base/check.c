@@ -97,3 +97,15 @@ void check_bug(const char *file, int line, const char *what, bool has_operands, 
     if (bug_hook) bug_hook(STATUS_BUG);
     _exit(STATUS_BUG);
 }
+
+void check_device_fault(const char *format, ...) {
+    char what[400], text[480];
+    va_list args;
+    va_start(args, format);
+    vsnprintf(what, sizeof what, format, args);
+    va_end(args);
+    snprintf(text, sizeof text, "device fault on rank %d: %s: stopping all ranks", log_rank(), what);
+    log_failure(text);
+    if (bug_hook) bug_hook(STATUS_COMM);
+    _exit(STATUS_COMM);
+}

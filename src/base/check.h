@@ -102,4 +102,7 @@ void check_bug(const char *file, int line, const char *what, bool has_operands, 
                long long b) __attribute__((noreturn)); /* not _Noreturn: CUDA C++ reads this too */
 void check_on_bug(void (*hook)(int exit_code));
 
+/* A device fault inside a call that returns nothing: says it with the rank and ends the job (5). */
+void check_device_fault(const char *format, ...) __attribute__((format(printf, 1, 2), noreturn));
+
 #endif

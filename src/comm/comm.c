@@ -43,8 +43,18 @@ enum status comm_open(int *argc, char ***argv, comm **out) {
     return STATUS_OK;
 }
 
+enum status comm_open_alone(comm **out) {
+    comm *c = calloc(1, sizeof *c);
+    if (!c) return fail(STATUS_MEMORY, "no memory for a job of one");
+    c->job = &comm_self_job;
+    c->size = c->local_size = 1;
+    *out = c;
+    return STATUS_OK;
+}
+
 void comm_close(comm *c) {
     if (!c) return;
+    if (c->sums) c->sums->close(c);
     if (c->path) c->path->close(c);
     c->job->close(c);
     free(c);
@@ -54,7 +64,9 @@ int comm_rank(const comm *c) { return c->rank; }
 int comm_size(const comm *c) { return c->size; }
 int comm_local_rank(const comm *c) { return c->local_rank; }
 int comm_local_size(const comm *c) { return c->local_size; }
-const char *comm_path_name(const comm *c) { return c->path ? c->path->name : "none"; }
+const char *comm_path_name(const comm *c) {
+    return !c->path ? "none" : c->sums ? c->sums_path_name : c->path->name;
+}
 
 enum status comm_agree(comm *c, enum status mine) {
     int32_t own = mine, all[COMM_RANKS_MAX];
@@ -126,35 +138,53 @@ int comm_agree_min(comm *c, int value) {
 
 void comm_share(comm *c, void *bytes, size_t n) { c->job->share(c, 0, bytes, n); }
 
+/* Which way device memory is summed. auto: through the host, until NCCL has been measured (README). */
+static enum status setup_device(comm *c) {
+#ifdef SFUMATO_WITH_CUDA
+    if (c->config.kind == COMM_NCCL) return comm_nccl_setup(c);
+#endif
+    return comm_device_setup(c);
+}
+
 enum status comm_setup(comm *c, const struct comm_config *config) {
     ASSERT(!c->path);
     c->config = *config;
     const uint64_t sizes[] = {config->slot_floats, config->bcast_bytes_max,
                               config->gather_bytes_max, (uint64_t)config->kind};
     TRY(comm_agree_equal(c, "communication sizes", sizes, sizeof sizes));
-    if (config->kind == COMM_NCCL || config->kind == COMM_FUSED) {
-        return fail(STATUS_USAGE,
-                    "--comm %s needs the CUDA backend, which this program was built without: "
-                    "use --comm auto",
-                    config->kind == COMM_NCCL ? "nccl" : "fused");
+    if (config->kind == COMM_FUSED) {
+        return fail(STATUS_USAGE, "--comm fused is not in this program: use --comm auto");
     }
-    const enum status status = c->job->setup(c);
+    if (config->kind == COMM_NCCL && !config->device) {
+        return fail(STATUS_USAGE,
+                    "--comm nccl needs the CUDA backend: use --comm auto, or --backend cuda");
+    }
+    enum status status = c->job->setup(c);
+    if (status == STATUS_OK && config->device) status = setup_device(c);
     if (status != STATUS_OK) {
         if (c->path) c->path->close(c);
         c->path = NULL;
         return status;
     }
+    if (c->sums) {
+        snprintf(c->sums_path_name, sizeof c->sums_path_name, "%s, %s", c->sums->name,
+                 c->path->name);
+    }
     c->times = (struct comm_times){0};
     return STATUS_OK;
 }
 
-float *comm_slot(comm *c) { return c->path->slot(c); }
+float *comm_slot(comm *c) { return c->sums ? c->sums->slot(c) : c->path->slot(c); }
 
 void comm_all_reduce(comm *c, size_t count, float *sum) {
     ASSERT_LE(count, c->config.slot_floats);
     const double waited_before = c->times.wait_seconds;
     const uint64_t begin_ns = comm_clock_ns();
-    c->path->all_reduce(c, count, sum);
+    if (c->sums) {
+        c->sums->all_reduce(c, count, sum);
+    } else {
+        c->path->all_reduce(c, count, sum);
+    }
     const double seconds = 1e-9 * (double)(comm_clock_ns() - begin_ns);
     c->times.move_seconds += seconds - (c->times.wait_seconds - waited_before);
     c->times.all_reduce_count++;

@@ -21,6 +21,7 @@
 #include "base/check.h"
 
 typedef struct comm comm;
+struct backend;
 
 enum { COMM_EQUAL_BYTES_MAX = 1024 };
 enum comm_kind { COMM_AUTO, COMM_MPI, COMM_NCCL, COMM_FUSED };
@@ -31,18 +32,25 @@ struct comm_config {
     size_t bcast_bytes_max;  /* largest plan */
     size_t gather_bytes_max; /* largest contribution of one rank to a gather */
     double timeout_seconds;  /* a longer wait in a step aborts the job with code 6; 0 = never */
+    /* Slots and sums are memory of this device, and an all-reduce is in order with its verbs. NULL:
+     * host memory. The backend must outlive the comm. */
+    struct backend *device;
+    bool tree_sums; /* NCCL: sums in tree order (--deterministic); the other paths have no other */
 };
 
 /* Joins the job: MPI_Init_thread when started by mpirun (or a compatible launcher), else one rank
  * without MPI. Sets log_set_rank and check_on_bug. May rewrite argc/argv as MPI_Init does. */
 enum status comm_open(int *argc, char ***argv, comm **out);
+/* A job of this process alone, beside the real one: what a whole model is run on to compare. */
+enum status comm_open_alone(comm **out);
 void comm_close(comm *c); /* MPI_Finalize; collective */
 
 int comm_rank(const comm *c);
 int comm_size(const comm *c);
 int comm_local_rank(const comm *c); /* among the ranks of this host */
 int comm_local_size(const comm *c);
-const char *comm_path_name(const comm *c); /* "self", "window", "mpi": for the log */
+/* "self", "window", "mpi"; with a device also how sums travel, as "nccl, window". For the log. */
+const char *comm_path_name(const comm *c);
 
 /* Collective. Every rank brings its status; all leave with STATUS_OK only if all brought it. Else
  * all leave with the status and the text (fail_text, prefixed "rank N: " when N > 0) of the lowest

@@ -306,7 +306,7 @@ static enum status open_messages(comm *c) {
 
 static enum status mpi_setup(comm *c) {
     if (c->size == 1) return comm_self_setup(c);
-    if (c->config.kind == COMM_AUTO && c->local_size == c->size) return setup_window(c);
+    if (c->config.kind != COMM_MPI && c->local_size == c->size) return setup_window(c);
     return comm_agree(c, open_messages(c));
 }
 

@@ -5,6 +5,8 @@
  *   comm_self.c    path "self": one rank
  *   comm_window.c  path "window": shared memory, no MPI in it
  *   comm_mpi.c     joining the job, the window's memory, path "mpi": messages
+ *   comm_device.c  sums of device memory by way of the host path ("staged")
+ *   comm_nccl.c    the same by NCCL; only in programs built with CUDA
  *   comm_tree.c    the sum itself
  *   comm_wait.c    how to wait: pause, yield, give up
  *   comm_bench.c   `bench comm`
@@ -45,10 +47,20 @@ struct comm_path {
     bool (*abort_claim)(comm *c);
 };
 
+/* How device memory is summed; the rest of the protocol stays with the host path. */
+struct comm_sums {
+    const char *name;
+    float *(*slot)(comm *c);
+    void (*all_reduce)(comm *c, size_t count, float *sum);
+    void (*close)(comm *c);
+};
+
 struct comm {
     const struct comm_job *job;
-    const struct comm_path *path; /* NULL before comm_setup */
-    void *job_state, *path_state; /* each known to the file that made it */
+    const struct comm_path *path;              /* NULL before comm_setup */
+    const struct comm_sums *sums;              /* NULL: the path's own, of host memory */
+    void *job_state, *path_state, *sums_state; /* each known to the file that made it */
+    char sums_path_name[48];                   /* "staged, window" */
     int rank, size, local_rank, local_size;
     bool crowded; /* more ranks than allowed cores on this host: yield at once */
     pid_t parent; /* the launcher's process here; 0: do not watch it */
@@ -63,6 +75,11 @@ extern const struct comm_path comm_self_path, comm_window_path;
 
 /* comm_self.c: memory of the one-rank path; sets c->path. */
 enum status comm_self_setup(comm *c);
+
+/* comm_device.c, comm_nccl.c: take their memory and set c->sums, after the path is there. Collective;
+ * the same status on all ranks. */
+enum status comm_device_setup(comm *c);
+enum status comm_nccl_setup(comm *c);
 
 /* comm_mpi.c: MPI_Init, ranks, hosts, cores. */
 enum status comm_mpi_join(comm *c, int *argc, char ***argv);

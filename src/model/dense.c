@@ -34,6 +34,7 @@ void model_step(model *m, const struct batch *batch, void *records) {
     ASSERT_LE(T, m->options.rows_max);
     ASSERT_LE(logit_rows, m->options.logit_rows_max);
 
+    if (ops->begin) ops->begin(be, batch);
     ops->embed_mix(be, batch, m->embed, slabs, m->shard.vocab_begin, comm_slot(m->c));
     comm_all_reduce(m->c, all, m->sum);
     ops->add_norm(be, T, D, true, m->config.embed_scale, m->sum, m->x, m->layers[0].attention_norm,

@@ -116,8 +116,10 @@ out:
 
 enum status model_kv_new(model *m, int32_t page_count) {
     return m->be->ops->kv_new(m->be, &(struct kv_spec){.layers = m->config.layers,
+                                                       .heads = shard_head_count(&m->shard),
                                                        .kv_heads = shard_kv_count(&m->shard),
                                                        .head_dim = m->config.head_dim,
+                                                       .positions_max = m->options.max_positions,
                                                        .page_count = page_count,
                                                        .dtype = m->options.kv_dtype});
 }

@@ -1,0 +1,406 @@
+/* cuda.c: the CUDA backend: device, memory, weights, waiting, benchmark helpers, table of verbs.
+ *
+ * One rank, one GPU: the rank's number on its host, modulo the devices it can see. The CUDA runtime
+ * is linked statically and looks for the driver when first called, so the program starts anywhere.
+ *
+ * Weights: rows arrive as fp32 from the loader and go through two pinned buffers in turn, so that
+ * copying and packing of one block overlaps reading the next one from the file:
+ *
+ *   rows ─ memcpy ─► stage[i] (pinned) ─ DMA ─► stage_on[i] ─ kernels_pack ─► the matrix (bf16)
+ *
+ * bf16 weights, activations and KV only; --dtype f32 is refused. Errors: a call that can be refused
+ * (memory, set-up) returns a status; a verb that fails is a device fault and ends the job, because
+ * after one the context is unusable.
+ */
+#include "backend/cuda.h"
+
+#include <sched.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+
+#include "base/log.h"
+
+enum { STAGE_BYTES = 8 << 20, SPIN_POLLS = 2000 };
+
+/* One piece given out by alloc; the list is host memory. */
+struct cuda_memory {
+    void *data;
+    struct cuda_memory *next;
+};
+
+static double seconds_now(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
+void cuda_must(int error, const char *what) {
+    if (error != 0) check_device_fault("%s: %s", what, cudaGetErrorString((cudaError_t)error));
+}
+
+void cuda_wait(struct cuda *cuda) {
+    const double start = seconds_now();
+    for (unsigned polls = 0;; polls++) {
+        const cudaError_t state = cudaStreamQuery(cuda->stream);
+        if (state == cudaSuccess) return;
+        if (state != cudaErrorNotReady) cuda_must((int)state, "a kernel of this step");
+        if (polls < SPIN_POLLS) continue;
+        if (cuda->base.watch) cuda->base.watch(cuda->base.watch_user, seconds_now() - start);
+        sched_yield();
+    }
+}
+
+/* ---- memory ---- */
+
+static enum status take(void **out, size_t bytes, const char *what) {
+    const cudaError_t error = cudaMalloc(out, bytes ? bytes : 1);
+    if (error != cudaSuccess) {
+        size_t left = 0, all = 0;
+        cudaGetLastError(); /* an allocation that failed is not a device fault */
+        cudaMemGetInfo(&left, &all);
+        return fail(STATUS_MEMORY,
+                    "%s: the GPU cannot give %.1f MB (%.1f MB free): %s: lower the batch or "
+                    "length limits, or use more ranks",
+                    what, 1e-6 * (double)bytes, 1e-6 * (double)left, cudaGetErrorString(error));
+    }
+    /* our stream does not wait for the default one, where the memory is cleared */
+    if (cudaMemset(*out, 0, bytes ? bytes : 1) == cudaSuccess &&
+        cudaDeviceSynchronize() == cudaSuccess)
+        return STATUS_OK;
+    cudaFree(*out);
+    *out = NULL;
+    return fail(STATUS_COMM, "%s: GPU memory cannot be cleared", what);
+}
+
+enum status cuda_grow(struct cuda *cuda, struct cuda_buffer *buffer, size_t bytes,
+                      const char *what) {
+    if (bytes <= buffer->bytes) return STATUS_OK;
+    if (buffer->data) cuda_wait(cuda); /* kernels may still use it */
+    cudaFree(buffer->data);
+    cuda->base.scratch_bytes -= buffer->bytes;
+    *buffer = (struct cuda_buffer){0};
+    TRY(take(&buffer->data, bytes, what));
+    buffer->bytes = bytes;
+    cuda->base.scratch_bytes += bytes;
+    return STATUS_OK;
+}
+
+/* Device memory that dies with the backend. */
+static void *take_for_life(struct cuda *cuda, size_t bytes, const char *what) {
+    struct cuda_memory *piece = calloc(1, sizeof *piece);
+    if (!piece) {
+        fail(STATUS_MEMORY, "%s: no host memory", what);
+        return NULL;
+    }
+    if (take(&piece->data, bytes, what) != STATUS_OK) {
+        free(piece);
+        return NULL;
+    }
+    piece->next = cuda->memory;
+    cuda->memory = piece;
+    return piece->data;
+}
+
+static void *cuda_alloc(backend *b, size_t bytes, const char *what) {
+    void *out = take_for_life(cuda_of(b), bytes, what);
+    if (out) b->scratch_bytes += bytes;
+    return out;
+}
+
+static enum status cuda_write(backend *b, void *device, const void *host, size_t bytes) {
+    struct cuda *cuda = cuda_of(b);
+    /* pageable host memory: the runtime has read it when the call returns */
+    const cudaError_t error =
+        cudaMemcpyAsync(device, host, bytes, cudaMemcpyHostToDevice, cuda->stream);
+    if (error == cudaSuccess) return STATUS_OK;
+    return fail(STATUS_COMM, "copying %zu bytes to the GPU: %s", bytes, cudaGetErrorString(error));
+}
+
+static void cuda_read(backend *b, void *host, const void *device, size_t bytes) {
+    cuda_wait(cuda_of(b)); /* with the watch; then the copy cannot hang */
+    cuda_must((int)cudaMemcpy(host, device, bytes, cudaMemcpyDeviceToHost), "copying to the host");
+}
+
+static void cuda_copy(backend *b, void *to, const void *from, size_t bytes) {
+    cuda_must((int)cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToDevice, cuda_of(b)->stream),
+              "copying on the device");
+}
+
+static int64_t cuda_free_bytes(backend *b) {
+    size_t left = 0, all = 0;
+    (void)b;
+    return cudaMemGetInfo(&left, &all) == cudaSuccess ? (int64_t)left : 0;
+}
+
+static void cuda_tree_sum(backend *b, const float *gathered, int ranks, size_t count, float *sum) {
+    cuda_must(kernels_rank_tree(cuda_of(b)->stream, (int64_t)count, ranks, gathered, sum),
+              "sum over ranks");
+}
+
+/* ---- weights ---- */
+
+static enum status cuda_matrix_new(backend *b, const struct matrix_spec *spec, matrix **out) {
+    static const enum kernels_kind kinds[] = {[MATRIX_COLUMN] = KERNELS_COLUMN,
+                                              [MATRIX_GATE_UP] = KERNELS_GATE_UP,
+                                              [MATRIX_ROW] = KERNELS_ROW};
+    struct cuda *cuda = cuda_of(b);
+    if (spec->dtype != BACKEND_BF16) {
+        return fail(STATUS_USAGE, "the CUDA backend computes with bf16 weights: use --dtype bf16");
+    }
+    matrix *m = calloc(1, sizeof *m);
+    if (!m) return fail(STATUS_MEMORY, "no memory for a matrix");
+    m->next = cuda->matrices; /* freed by close, whatever comes next */
+    cuda->matrices = m;
+    m->lookup_only = spec->lookup_only;
+    if (!kernels_matrix_shape(kinds[spec->kind], spec->rows, spec->cols, spec->slab_count,
+                              spec->slab_begin, &m->shape)) {
+        return fail(STATUS_USAGE,
+                    "the CUDA kernels take matrices of at most %d slabs a rank: use more ranks or "
+                    "a smaller --slabs",
+                    (int)KERNELS_PARTS_MAX);
+    }
+    const size_t bytes = kernels_matrix_bytes(&m->shape);
+    m->shape.data = take_for_life(cuda, bytes, "weights");
+    if (!m->shape.data) return STATUS_MEMORY;
+    b->weight_bytes += bytes;
+
+    if (m->shape.row_tiles > cuda->row_tiles_max) {
+        cuda->row_tiles_max = m->shape.row_tiles;
+        TRY(cuda_grow(cuda, &cuda->product, kernels_product_workspace_bytes(m->shape.row_tiles),
+                      "workspace of the products"));
+    }
+    if (spec->kind == MATRIX_COLUMN && spec->rows > cuda->vocab_max) {
+        cuda->vocab_max = spec->rows;
+        TRY(cuda_grow(cuda, &cuda->candidates,
+                      kernels_candidates_workspace_bytes(cuda->probes_max, spec->rows),
+                      "workspace of the candidates"));
+        TRY(cuda_grow(cuda, &cuda->whole_row, sizeof(float) * (size_t)spec->rows,
+                      "one row of logits"));
+    }
+    *out = m;
+    return STATUS_OK;
+}
+
+static void cuda_matrix_load(backend *b, matrix *m, int part, int64_t row_begin, int64_t row_count,
+                             const float *rows) {
+    struct cuda *cuda = cuda_of(b);
+    const size_t row_bytes = sizeof(float) * (size_t)m->shape.cols;
+    if (row_bytes == 0) return;
+    ASSERT_LE(row_bytes, STAGE_BYTES);
+    const int64_t step = (int64_t)(STAGE_BYTES / row_bytes);
+    for (int64_t done = 0, n; done < row_count; done += n) {
+        const int i = cuda->stage_next;
+        n = row_count - done < step ? row_count - done : step;
+        cuda_must((int)cudaEventSynchronize(cuda->stage_free[i]), "upload of weights");
+        memcpy(cuda->stage[i], rows + done * m->shape.cols, (size_t)n * row_bytes);
+        cuda_must((int)cudaMemcpyAsync(cuda->stage_on[i], cuda->stage[i], (size_t)n * row_bytes,
+                                       cudaMemcpyHostToDevice, cuda->stream),
+                  "upload of weights");
+        cuda_must(
+            kernels_pack(cuda->stream, &m->shape, part, row_begin + done, n, cuda->stage_on[i]),
+            "packing of weights");
+        cuda_must((int)cudaEventRecord(cuda->stage_free[i], cuda->stream), "upload of weights");
+        cuda->stage_next = (i + 1) % CUDA_STAGES;
+    }
+}
+
+/* ---- benchmarks ---- */
+
+static double cuda_read_sweep(backend *b, int64_t kv_tokens, int64_t *bytes) {
+    struct cuda *cuda = cuda_of(b);
+    const struct kernels_kv *kv = &cuda->kv;
+    int64_t pages = (kv_tokens + KERNELS_PAGE_TOKENS - 1) / KERNELS_PAGE_TOKENS;
+    if (!kv->data) pages = 0;
+    if (pages > kv->page_count) pages = kv->page_count;
+    cuda_wait(cuda);
+    *bytes = 0;
+    const double start = seconds_now();
+    for (const struct matrix *m = cuda->matrices; m; m = m->next) {
+        if (m->lookup_only) continue;
+        const size_t n = kernels_matrix_bytes(&m->shape);
+        cuda_must(kernels_sweep(cuda->stream, m->shape.data, n, cuda->sink), "read sweep");
+        *bytes += (int64_t)n;
+    }
+    for (int layer = 0; layer < kv->layers && pages > 0; layer++) {
+        struct kernels_kv part = *kv;
+        part.layers = 1;
+        const size_t layer_bytes = kernels_kv_bytes(&part);
+        part.page_count = (int32_t)pages;
+        const size_t n = kernels_kv_bytes(&part);
+        cuda_must(kernels_sweep(cuda->stream, (char *)kv->data + (size_t)layer * layer_bytes, n,
+                                cuda->sink),
+                  "read sweep");
+        *bytes += (int64_t)n;
+    }
+    cuda_wait(cuda);
+    return seconds_now() - start;
+}
+
+static double cuda_peak_flops(backend *b, double seconds) {
+    enum { ROUNDS = 20000 };
+    struct cuda *cuda = cuda_of(b);
+    double flops = 0.0, now;
+    const double start = seconds_now();
+    do {
+        double part = 0.0;
+        cuda_must(kernels_peak(cuda->stream, ROUNDS, (float *)cuda->sink, &part), "peak rate");
+        cuda_wait(cuda);
+        flops += part;
+        now = seconds_now();
+    } while (now < start + seconds);
+    return flops / (now - start);
+}
+
+/* ---- open and close ---- */
+
+static void cuda_close(backend *b) {
+    struct cuda *cuda = cuda_of(b);
+    if (cuda->stream) cudaStreamSynchronize(cuda->stream);
+    for (struct cuda_memory *piece = cuda->memory, *next; piece; piece = next) {
+        next = piece->next;
+        cudaFree(piece->data);
+        free(piece);
+    }
+    for (struct matrix *m = cuda->matrices, *next; m; m = next) {
+        next = m->next;
+        free(m);
+    }
+    struct cuda_buffer *const buffers[] = {&cuda->raw,        &cuda->product,     &cuda->attention,
+                                           &cuda->candidates, &cuda->records,     &cuda->whole_row,
+                                           &cuda->row_list,   &cuda->batch.device};
+    for (size_t i = 0; i < sizeof buffers / sizeof *buffers; i++) cudaFree(buffers[i]->data);
+    for (int i = 0; i < CUDA_STAGES; i++) {
+        cudaFreeHost(cuda->stage[i]);
+        if (cuda->stage_free[i]) cudaEventDestroy(cuda->stage_free[i]);
+    }
+    cudaFreeHost(cuda->batch.pinned);
+    cudaFreeHost(cuda->records_pinned);
+    if (cuda->batch_sent) cudaEventDestroy(cuda->batch_sent);
+    if (cuda->stream) cudaStreamDestroy(cuda->stream);
+    free(cuda);
+}
+
+enum status cuda_probe(int local_rank) {
+    int count = 0;
+    const cudaError_t error = cudaGetDeviceCount(&count);
+    cudaGetLastError();
+    if (error == cudaSuccess && count > 0) return STATUS_OK;
+    (void)local_rank;
+    return fail(STATUS_USAGE,
+                "--backend cuda: no GPU can be used here (%s): install an NVIDIA driver, or use "
+                "--backend cpu",
+                error != cudaSuccess ? cudaGetErrorString(error) : "none is visible");
+}
+
+/* Device, stream, events and the buffers whose sizes are known before any model. */
+static enum status open_device(struct cuda *cuda, const struct backend_config *config) {
+    int count = 0;
+    struct cudaDeviceProp facts;
+    TRY(cuda_probe(config->local_rank));
+    cudaGetDeviceCount(&count);
+    cuda->device = config->local_rank % count;
+    if (config->local_ranks > count && config->local_rank == 0) {
+        log_warn("%d ranks share %d GPU%s of this host", config->local_ranks, count,
+                 count == 1 ? "" : "s");
+    }
+    cudaError_t error = cudaSetDevice(cuda->device);
+    if (error == cudaSuccess) error = cudaGetDeviceProperties(&facts, cuda->device);
+    if (error == cudaSuccess)
+        error = cudaStreamCreateWithFlags(&cuda->stream, cudaStreamNonBlocking);
+    if (error == cudaSuccess)
+        error = cudaEventCreateWithFlags(&cuda->batch_sent, cudaEventDisableTiming);
+    for (int i = 0; i < CUDA_STAGES && error == cudaSuccess; i++) {
+        error = cudaEventCreateWithFlags(&cuda->stage_free[i], cudaEventDisableTiming);
+        if (error == cudaSuccess)
+            error = cudaHostAlloc(&cuda->stage[i], STAGE_BYTES, cudaHostAllocDefault);
+    }
+    if (error != cudaSuccess) {
+        return fail(STATUS_USAGE, "GPU %d cannot be used: %s: use --backend cpu", cuda->device,
+                    cudaGetErrorString(error));
+    }
+    const int refused = kernels_setup();
+    if (refused != 0) {
+        return fail(STATUS_USAGE,
+                    "GPU %d (%s, compute capability %d.%d): the kernels of this program do not run "
+                    "on it: %s: build for it, or use --backend cpu",
+                    cuda->device, facts.name, facts.major, facts.minor,
+                    kernels_error_text(refused));
+    }
+    log_info("GPU %d: %s, compute capability %d.%d, %d multiprocessors, %.1f GB", cuda->device,
+             facts.name, facts.major, facts.minor, facts.multiProcessorCount,
+             1e-9 * (double)facts.totalGlobalMem);
+    return STATUS_OK;
+}
+
+static enum status take_buffers(struct cuda *cuda) {
+    for (int i = 0; i < CUDA_STAGES; i++) {
+        cuda->stage_on[i] = take_for_life(cuda, STAGE_BYTES, "upload buffer");
+        if (!cuda->stage_on[i]) return STATUS_MEMORY;
+    }
+    cuda->tiles = take_for_life(cuda, sizeof *cuda->tiles * CUDA_HEADS_MAX, "head tiles");
+    cuda->sink = take_for_life(cuda, CUDA_ALIGN, "benchmark sink");
+    if (!cuda->tiles || !cuda->sink) return STATUS_MEMORY;
+    const size_t list_rows = (size_t)(cuda->logit_rows_max > 0 ? cuda->logit_rows_max : 1);
+    TRY(cuda_grow(cuda, &cuda->row_list, sizeof(int32_t) * list_rows, "list of rows"));
+    cuda->records_pinned_bytes = (size_t)cuda->probes_max *
+                                 (size_t)batch_record_bytes(KERNELS_CANDIDATES_MAX, CUDA_WATCH_MAX);
+    TRY(cuda_grow(cuda, &cuda->records, cuda->records_pinned_bytes, "candidate records"));
+    if (cudaHostAlloc(&cuda->records_pinned, cuda->records_pinned_bytes, cudaHostAllocDefault) !=
+        cudaSuccess) {
+        return fail(STATUS_MEMORY, "no pinned host memory for candidate records");
+    }
+    return STATUS_OK;
+}
+
+static const struct backend_ops cuda_ops;
+
+enum status cuda_open(const struct backend_config *config, backend **out) {
+    enum status status = STATUS_OK;
+    struct cuda *cuda = calloc(1, sizeof *cuda);
+    if (!cuda) return fail(STATUS_MEMORY, "no memory for the CUDA backend");
+    cuda->base.ops = &cuda_ops;
+    cuda->base.isa = ISA_CUDA;
+    cuda->base.numerics = NUMERICS_CUDA;
+    cuda->base.threads = 1;
+    cuda->mode = config->deterministic ? KERNELS_DETERMINISTIC : KERNELS_FAST;
+    cuda->rows_max =
+        config->rows_max > config->logit_rows_max ? config->rows_max : config->logit_rows_max;
+    cuda->logit_rows_max = config->logit_rows_max;
+    cuda->probes_max = config->probes_max;
+    TRY_GOTO(open_device(cuda, config), out);
+    TRY_GOTO(take_buffers(cuda), out);
+    cuda->base.stream = cuda->stream;
+    *out = &cuda->base;
+    return STATUS_OK;
+out:
+    cuda_close(&cuda->base);
+    return status;
+}
+
+static const struct backend_ops cuda_ops = {
+    .name = "cuda",
+    .close = cuda_close,
+    .alloc = cuda_alloc,
+    .write = cuda_write,
+    .read = cuda_read,
+    .copy = cuda_copy,
+    .free_bytes = cuda_free_bytes,
+    .tree_sum = cuda_tree_sum,
+    .matrix_new = cuda_matrix_new,
+    .matrix_load = cuda_matrix_load,
+    .kv_new = cuda_kv_new,
+    .begin = cuda_begin,
+    .embed_mix = cuda_embed_mix,
+    .add_norm = cuda_add_norm,
+    .add_norm_rows = cuda_add_norm_rows,
+    .qkv = cuda_qkv,
+    .attention = cuda_attention,
+    .row_matmul = cuda_row_matmul,
+    .gate_up = cuda_gate_up,
+    .logits = cuda_logits,
+    .candidates = cuda_candidates,
+    .probe_logits = cuda_probe_logits,
+    .read_sweep = cuda_read_sweep,
+    .peak_flops = cuda_peak_flops,
+};

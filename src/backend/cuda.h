@@ -1,0 +1,114 @@
+/* cuda.h: what the files of the CUDA backend share. CUDA headers are included by these files only.
+ *
+ *   cuda.c          table of verbs, the device, memory, weights, waiting, open and close
+ *   cuda_step.c     a step: the batch on the device, and the verbs over kernels/kernels.h
+ *
+ * One stream; a verb queues kernels and returns. The host waits in two places: `read` and
+ * `candidates`, whose answers the engine decides on (a host-synchronous step). There are no CUDA
+ * graphs, no launch-ahead and no device sampler in this backend yet.
+ *
+ * Thread: engine. Memory: device memory lives as long as the backend; what verbs need in between is
+ * taken while matrices and the KV pool are made. Only the copy of a batch can grow later, when a
+ * step brings more edits than any before it.
+ */
+#ifndef SFUMATO_BACKEND_CUDA_H
+#define SFUMATO_BACKEND_CUDA_H
+
+#include <cuda_runtime_api.h>
+
+#include "backend/backend.h"
+#include "kernels/kernels.h"
+
+enum { CUDA_HEADS_MAX = 1024, CUDA_WATCH_MAX = 64, CUDA_STAGES = 2, CUDA_ALIGN = 256 };
+
+/* Device memory that may be replaced by a larger piece; zeroed. */
+struct cuda_buffer {
+    void *data;
+    size_t bytes;
+};
+
+/* The batch of the running step, on the device, and the few of its numbers launches need. */
+struct cuda_batch {
+    unsigned char *pinned; /* the copy is made here, then sent in one piece */
+    struct cuda_buffer device;
+    size_t pinned_bytes;
+    const int32_t *host_logit_rows; /* the batch's own array: says that logit_rows is its copy */
+    int32_t row_count, context_max;
+    const struct kernels_row *rows; /* the rest: device, as in struct batch */
+    const int32_t *pages, *mix_begin, *logit_rows;
+    const uint32_t *mix_ids;
+    const float *mix_weights;
+    struct kernels_probes probes;
+};
+
+struct matrix {
+    struct kernels_matrix shape;
+    bool lookup_only;
+    struct matrix *next;
+};
+
+struct cuda {
+    struct backend base;
+    cudaStream_t stream;
+    int device;
+    enum kernels_mode mode;
+    int rows_max, logit_rows_max, probes_max;
+    struct cuda_memory *memory; /* every piece given out by alloc */
+    struct matrix *matrices;
+
+    void *stage[CUDA_STAGES]; /* pinned: weights on their way; stage_on: the same on the device */
+    void *stage_on[CUDA_STAGES];
+    cudaEvent_t stage_free[CUDA_STAGES];
+    int stage_next;
+
+    struct kernels_kv kv;
+    int positions_max;
+    struct cuda_batch batch;
+    cudaEvent_t batch_sent;
+    int kv_of_head[CUDA_HEADS_MAX], head_count; /* what tiles were made of */
+    struct kernels_tile *tiles;                 /* device, [CUDA_HEADS_MAX] */
+    int tile_count;
+
+    int row_tiles_max;
+    int64_t vocab_max;
+    struct cuda_buffer raw; /* [rows_max][(H + 2 G) hd] fp32: q, k, v before norm and rotation */
+    struct cuda_buffer product, attention, candidates; /* workspaces of these kernels */
+    struct cuda_buffer records, whole_row, row_list;   /* answers; one row of logits; chosen rows */
+    void *records_pinned;
+    size_t records_pinned_bytes;
+    uint32_t *sink; /* device, one word: keeps benchmark reads alive */
+};
+
+static inline struct cuda *cuda_of(backend *b) { return (struct cuda *)b; }
+
+/* Ends the job when a CUDA call or a launcher of kernels.h failed. what: "matrix product". */
+void cuda_must(int error, const char *what);
+/* At least `bytes` of zeroed device memory, counted as scratch; what was in it is lost. */
+enum status cuda_grow(struct cuda *cuda, struct cuda_buffer *buffer, size_t bytes,
+                      const char *what);
+/* Waits until the stream is empty, polling, so that base.watch can end a wait that never would. */
+void cuda_wait(struct cuda *cuda);
+
+/* cuda_step.c */
+enum status cuda_kv_new(backend *b, const struct kv_spec *spec);
+void cuda_begin(backend *b, const struct batch *batch);
+void cuda_embed_mix(backend *b, const struct batch *batch, const matrix *embed, int slab_count,
+                    const int64_t *vocab_begin, float *out);
+void cuda_add_norm(backend *b, int rows, int hidden, bool first, float scale, const float *sum,
+                   float *x, const float *weight, float eps, enum backend_dtype dtype, void *h);
+void cuda_add_norm_rows(backend *b, const int32_t *rows, int row_count, int hidden,
+                        const float *sum, const float *x, const float *weight, float eps,
+                        enum backend_dtype dtype, void *h);
+void cuda_qkv(backend *b, const struct batch *batch, const struct attention_spec *spec,
+              const void *h, float *q);
+void cuda_attention(backend *b, const struct batch *batch, const struct attention_spec *spec,
+                    const float *q, enum backend_dtype dtype, void *o);
+void cuda_row_matmul(backend *b, int rows, const matrix *w, const void *in, float *partial);
+void cuda_gate_up(backend *b, int rows, const matrix *w, const void *h, void *act);
+void cuda_logits(backend *b, int rows, const matrix *w, const void *h, float *logits);
+void cuda_candidates(backend *b, const struct batch *batch, const float *logits, int slab_count,
+                     const int64_t *vocab_begin, int64_t vocab_count, void *records);
+void cuda_probe_logits(backend *b, const struct batch *batch, int probe, const float *logits,
+                       int slab_count, const int64_t *vocab_begin, int64_t vocab_count, float *out);
+
+#endif
