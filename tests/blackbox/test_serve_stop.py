@@ -1,0 +1,248 @@
+"""R10, R11, R6: start, drain, stop, and the loss of a rank, through mpirun and launch/sfumato-run."""
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import threading
+import time
+
+import pytest
+from conftest import BINARY, SOURCE, launch
+from served import Server
+
+LONG = {"prompt": "Tom has", "max_tokens": 1000, "n": 24, "ignore_eos": True, "soft_thinking": {"mode": "off"}}
+MESSAGES = "/v1/completions"
+
+
+class Client(threading.Thread):
+    """A stream in the background: events, and how it ended."""
+
+    def __init__(self, server, body=LONG):
+        super().__init__(daemon=True)
+        self.server, self.body, self.events, self.began, self.failure = server, body, [], threading.Event(), None
+        self.start()
+        assert self.began.wait(20)
+
+    def run(self):
+        try:
+            with self.server.open_stream(MESSAGES, self.body, timeout=60) as events:
+                for event in events:
+                    self.events.append(event)
+                    self.began.set()
+        except Exception as e:
+            self.failure = e
+        self.began.set()
+
+    def last(self, timeout=30):
+        self.join(timeout)
+        assert not self.is_alive()
+        return self.events[-1]
+
+
+def gone(pids, timeout):
+    end = time.monotonic() + timeout
+    while time.monotonic() < end:
+        left = []
+        for pid in pids:
+            with contextlib.suppress(OSError):
+                with open(f"/proc/{pid}/stat") as f:
+                    if f.read().rsplit(")", 1)[1].split()[0] != "Z":
+                        left.append(pid)
+        if not left:
+            return True
+        time.sleep(0.05)
+    return False
+
+
+# --- R10 ---
+
+WAYS = {
+    "SIGUSR1 to mpirun": lambda s: s.process.send_signal(signal.SIGUSR1),
+    "SIGUSR1 to rank 0": lambda s: os.kill(s.ranks()[0], signal.SIGUSR1),
+    "SIGTERM to rank 0": lambda s: os.kill(s.ranks()[0], signal.SIGTERM),
+    "SIGINT to rank 0": lambda s: os.kill(s.ranks()[0], signal.SIGINT),
+    "/admin/drain": lambda s: s.post("/admin/drain", b""),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_R10_drain(way):
+    server = Server()
+    try:
+        client, ranks = Client(server), server.ranks()
+        WAYS[way](server)
+        server.wait_line("draining")
+        status, headers, body = server.call("GET", "/health")
+        assert (status, json.loads(body)) == (503, {"status": "draining"})
+        assert server.get("/livez")[0] == 200
+        status, headers, body = server.call("POST", MESSAGES, {"prompt": "x"})
+        assert status == 503 and json.loads(body)["error"]["code"] == "shutting_down"
+        assert headers["connection"] == "close"
+        assert client.last() == "[DONE]"
+        assert server.wait() == 0, server.lines
+        assert gone(ranks, 1)
+    finally:
+        server.kill()
+
+
+def test_R10_drain_through_the_wrapper():
+    wrapper = ["/bin/bash", str(SOURCE / "launch/sfumato-run"), "-n", "2"]
+    for signals, wanted in (([signal.SIGTERM], 0), ([signal.SIGINT], 0), ([signal.SIGUSR1], 0)):
+        server = Server(wrapper=wrapper, env={"SFUMATO": str(BINARY)})
+        try:
+            client, ranks = Client(server), server.ranks()
+            for s in signals:
+                server.process.send_signal(s)
+            assert client.last() == "[DONE]"
+            assert server.wait() == wanted and gone(ranks, 1)
+        finally:
+            server.kill()
+
+
+def aborted(event):
+    return isinstance(event, dict) and event.get("error", {}).get("code")
+
+
+def test_R10_second_signal_aborts():
+    server = Server()
+    try:
+        client, ranks, began = Client(server), server.ranks(), time.monotonic()
+        server.process.send_signal(signal.SIGUSR1)
+        server.wait_line("draining")
+        server.process.send_signal(signal.SIGUSR1)
+        assert aborted(client.last()) == "shutting_down"
+        assert server.wait() == 1 and gone(ranks, 1)
+        assert time.monotonic() - began < 5
+    finally:
+        server.kill()
+
+
+def test_R10_shutdown_timeout():
+    server = Server("--shutdown-timeout", "0.2")
+    try:
+        client = Client(server)
+        server.process.send_signal(signal.SIGUSR1)
+        assert aborted(client.last()) == "shutting_down"
+        assert server.wait() == 1
+    finally:
+        server.kill()
+
+
+def test_R10_stop_of_mpirun():
+    """mpirun kills its ranks within two seconds of a SIGTERM: every stream ends with an error event."""
+    server = Server("--max-num-seqs", "96")
+    try:
+        clients, ranks = [Client(server, {**LONG, "n": 30}) for _ in range(3)], server.ranks()
+        follower = ranks[1]
+        os.kill(follower, signal.SIGSTOP)  # so that nothing ends by itself; mpirun wakes it
+        server.process.terminate()
+        for client in clients:
+            assert aborted(client.last()) == "shutting_down"
+        assert server.wait() == 1 and gone(ranks, 3)
+    finally:
+        server.kill()
+
+
+# --- R11 ---
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_R11_killed(victim):
+    server = Server()
+    try:
+        client, ranks = Client(server), server.ranks()
+        os.kill(ranks[victim], signal.SIGKILL)
+        client.join(10)
+        if victim == 1:
+            assert aborted(client.events[-1]) or client.events[-1] == "[DONE]", client.events[-1]
+        else:
+            assert client.events[-1] != "[DONE]"
+        assert server.wait(10) not in (0, None) and gone(ranks, 1)
+    finally:
+        server.kill()
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_R11_killed_while_idle(victim):
+    server = Server()
+    try:
+        ranks = server.ranks()
+        os.kill(ranks[victim], signal.SIGKILL)
+        assert server.wait(10) != 0 and gone(ranks, 1)
+    finally:
+        server.kill()
+
+
+def test_R11_rank_1_stopped():
+    """The watchdog: an error event to every client, exit 6, the log names who is late."""
+    server = Server("--collective-timeout", "2")
+    try:
+        client, ranks, began = Client(server), server.ranks(), time.monotonic()
+        os.kill(ranks[1], signal.SIGSTOP)
+        assert aborted(client.last()) == "engine_dead"
+        assert server.wait(10) == 6 and gone(ranks, 3)
+        assert time.monotonic() - began < 2 + 5
+        assert any("waited 2.0 s" in line and "rank 1" in line for line in server.lines), server.lines
+    finally:
+        server.kill()
+
+
+def test_R11_rank_0_stopped():
+    server = Server("--collective-timeout", "2")
+    try:
+        client, ranks, began = Client(server), server.ranks(), time.monotonic()
+        os.kill(ranks[0], signal.SIGSTOP)
+        assert server.wait(12) not in (0, None)
+        assert time.monotonic() - began < 2 + 2 + 5 and gone(ranks, 3)
+        client.join(5)
+        assert client.events[-1] != "[DONE]"
+    finally:
+        server.kill()
+
+
+def test_R11_launcher_killed():
+    server = Server()
+    try:
+        client, ranks = Client(server), server.ranks()
+        server.process.kill()
+        assert gone(ranks, 3)
+        assert aborted(client.last()) == "shutting_down"
+    finally:
+        server.kill()
+
+
+# --- R6 ---
+
+
+def test_R6_start_up_phases_are_logged():
+    with Server() as server:
+        phases = [float(line.rsplit(": ", 1)[1][:-2]) for line in server.lines
+                  if line.startswith("sfumato: ") and line.endswith(" s") and ": " in line[9:] and "ready" not in line]
+        ready = next(line for line in server.lines if line.startswith("sfumato: ready"))
+        total = float(ready.rsplit(", ", 1)[1][:-2])
+        assert sum(phases) >= 0.95 * total - 0.05
+        assert any("KV cache size:" in line for line in server.lines)
+        assert any("Maximum concurrency for" in line for line in server.lines)
+        assert server.metric("load_progress_ratio") == 1
+        assert server.metric("ranks_alive") == 2
+
+
+def test_R6_a_signal_before_ready_leaves_nothing():
+    for sent in (signal.SIGUSR1, signal.SIGTERM):
+        server = Server(wait=False)
+        try:
+            server.wait_line("start-up", 20)
+            ranks = server.ranks()
+            server.process.send_signal(sent)
+            status = server.wait(10)
+            assert status != 0 or any("serving" in line for line in server.lines)  # or it was ready already
+            assert gone(ranks, 3)
+        finally:
+            server.kill()
+
+
+def test_R7_too_little_memory():
+    result = launch("serve", "--port", "0", "--kv-memory", "1k")
+    assert result.status == 4 and not any("serving" in m for m in result.messages), result.err
