@@ -3,11 +3,11 @@
 #include "base/bf16.h"
 #include "base/check.h"
 #include "base/rng.h"
-
 #include "suite.h"
 
 static void test_fail(void) {
-    CHECK_EQ(fail_param(STATUS_REQUEST, "soft_thinking.max_topk", "x", "bad %d\x1b[31m", 7), STATUS_REQUEST);
+    CHECK_EQ(fail_param(STATUS_REQUEST, "soft_thinking.max_topk", "x", "bad %d\x1b[31m", 7),
+             STATUS_REQUEST);
     CHECK_STR(fail_text(), "bad 7?[31m");
     CHECK_STR(fail_last()->param, "soft_thinking.max_topk");
     fail_prefix(STATUS_MODEL, "file %s", "f");
@@ -50,11 +50,11 @@ static void test_philox(void) {
 
 static void test_bf16(void) {
     CHECK_EQ(bf16_from_float(1.0f), 0x3f80);
-    CHECK_EQ(bf16_from_float(1.00390625f), 0x3f80);      /* tie to even, down */
-    CHECK_EQ(bf16_from_float(1.01171875f), 0x3f82);      /* tie to even, up */
+    CHECK_EQ(bf16_from_float(1.00390625f), 0x3f80); /* tie to even, down */
+    CHECK_EQ(bf16_from_float(1.01171875f), 0x3f82); /* tie to even, up */
     CHECK_EQ(bf16_from_float(INFINITY), 0x7f80);
     CU_ASSERT(isnan(bf16_to_float(bf16_from_float(NAN))));
-    CHECK_EQ(bf16_from_float(3.4e38f), 0x7f80);          /* rounds to infinity as IEEE does */
+    CHECK_EQ(bf16_from_float(3.4e38f), 0x7f80); /* rounds to infinity as IEEE does */
     for (uint32_t b = 0; b < 0x10000; b++)
         if ((b & 0x7f80) != 0x7f80) CHECK_EQ(bf16_from_float(bf16_to_float((bf16)b)), b);
 }

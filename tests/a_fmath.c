@@ -1,6 +1,5 @@
 /* a_fmath.c: own exp and log against libm in double (verification.md §7). */
 #include "base/fmath.h"
-
 #include "suite.h"
 
 static double ulps(float got, double want) {

@@ -1,6 +1,5 @@
 /* b_shard.c: slab arithmetic, exhaustively (verification.md §3, "Slab map"). */
 #include "load/shard.h"
-
 #include "suite.h"
 
 static void check_one(const struct shard_dims *dims, int slabs, int ranks) {
@@ -32,7 +31,8 @@ static void test_every_unit_once(void) {
         for (int group = 1; group <= 16; group++)
             for (int slabs = 8; slabs <= 16; slabs *= 2)
                 for (int ranks = 1; ranks <= slabs; ranks++) {
-                    const struct shard_dims dims = {1000 + kv, 32 * (kv + group) + 7, kv * group, kv, 64};
+                    const struct shard_dims dims = {1000 + kv, 32 * (kv + group) + 7, kv * group,
+                                                    kv, 64};
                     check_one(&dims, slabs, ranks);
                 }
 }
@@ -41,9 +41,11 @@ static void test_balance(void) {
     for (int64_t n = 1; n < 300; n++)
         for (int slabs = 8; slabs <= 16; slabs *= 2)
             for (int s = 0; s < slabs; s++) {
-                const int64_t count = shard_slab_begin(s + 1, n, slabs) - shard_slab_begin(s, n, slabs);
+                const int64_t count =
+                    shard_slab_begin(s + 1, n, slabs) - shard_slab_begin(s, n, slabs);
                 CU_ASSERT(count == n / slabs || count == (n + slabs - 1) / slabs);
-                for (int64_t i = shard_slab_begin(s, n, slabs); i < shard_slab_begin(s + 1, n, slabs); i++)
+                for (int64_t i = shard_slab_begin(s, n, slabs);
+                     i < shard_slab_begin(s + 1, n, slabs); i++)
                     CU_ASSERT(shard_slab_of(i, n, slabs) == s);
             }
 }
@@ -74,8 +76,9 @@ static void test_refusals(void) {
     CHECK_EQ(shard_default_slabs(1), 8);
 }
 
-const struct suite_case suite_cases[] = {{"every unit is in exactly one slab", test_every_unit_once},
-                                         {"slabs are balanced and agree with shard_slab_of", test_balance},
-                                         {"hand-written examples", test_examples},
-                                         {"impossible counts are refused", test_refusals},
-                                         {NULL, NULL}};
+const struct suite_case suite_cases[] = {
+    {"every unit is in exactly one slab", test_every_unit_once},
+    {"slabs are balanced and agree with shard_slab_of", test_balance},
+    {"hand-written examples", test_examples},
+    {"impossible counts are refused", test_refusals},
+    {NULL, NULL}};

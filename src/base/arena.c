@@ -19,9 +19,7 @@ struct arena_block {
     _Alignas(ARENA_ALIGN_BYTES) unsigned char bytes[];
 };
 
-void arena_init(arena *a, size_t limit_bytes) {
-    *a = (arena){.limit_bytes = limit_bytes};
-}
+void arena_init(arena *a, size_t limit_bytes) { *a = (arena){.limit_bytes = limit_bytes}; }
 
 void arena_fini(arena *a) {
     struct arena_block *block = a->head;

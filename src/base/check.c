@@ -55,7 +55,8 @@ enum status fail(enum status s, const char *format, ...) {
     return s;
 }
 
-enum status fail_param(enum status s, const char *param, const char *code, const char *format, ...) {
+enum status fail_param(enum status s, const char *param, const char *code, const char *format,
+                       ...) {
     va_list args;
     va_start(args, format);
     fail_va(s, param, code, format, args);
@@ -85,12 +86,12 @@ void check_on_bug(void (*hook)(int exit_code)) { bug_hook = hook; }
 void check_bug(const char *file, int line, const char *what, bool has_operands, long long a,
                long long b) {
     char text[512];
-    int n = has_operands ? snprintf(text, sizeof text,
-                                    "sfumato: bug on rank %d: %s:%d: %s does not hold (%lld, %lld)\n",
-                                    log_rank(), file, line, what, a, b)
-                         : snprintf(text, sizeof text,
-                                    "sfumato: bug on rank %d: %s:%d: %s does not hold\n", log_rank(),
-                                    file, line, what);
+    int n = has_operands
+                ? snprintf(text, sizeof text,
+                           "sfumato: bug on rank %d: %s:%d: %s does not hold (%lld, %lld)\n",
+                           log_rank(), file, line, what, a, b)
+                : snprintf(text, sizeof text, "sfumato: bug on rank %d: %s:%d: %s does not hold\n",
+                           log_rank(), file, line, what);
     if (n > (int)sizeof text - 1) n = (int)sizeof text - 1;
     if (n > 0 && write(STDERR_FILENO, text, (size_t)n) < 0) { /* nothing is left to tell it to */
     }
@@ -104,7 +105,8 @@ void check_device_fault(const char *format, ...) {
     va_start(args, format);
     vsnprintf(what, sizeof what, format, args);
     va_end(args);
-    snprintf(text, sizeof text, "device fault on rank %d: %s: stopping all ranks", log_rank(), what);
+    snprintf(text, sizeof text, "device fault on rank %d: %s: stopping all ranks", log_rank(),
+             what);
     log_failure(text);
     if (bug_hook) bug_hook(STATUS_COMM);
     _exit(STATUS_COMM);

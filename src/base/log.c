@@ -53,9 +53,9 @@ static void write_json_line(enum log_level level, const char *text) {
     char line[2 * LINE_BYTES];
     struct timespec now;
     clock_gettime(CLOCK_REALTIME, &now);
-    size_t n = (size_t)snprintf(line, sizeof line,
-                                "{\"ts\":%lld.%03ld,\"level\":\"%s\",\"rank\":%d,\"msg\":\"",
-                                (long long)now.tv_sec, now.tv_nsec / 1000000, names[level], own_rank);
+    size_t n = (size_t)snprintf(
+        line, sizeof line, "{\"ts\":%lld.%03ld,\"level\":\"%s\",\"rank\":%d,\"msg\":\"",
+        (long long)now.tv_sec, now.tv_nsec / 1000000, names[level], own_rank);
     n = append_json_escaped(line, n, sizeof line - 4, text);
     memcpy(line + n, "\"}\n", 3);
     write_all(line, n + 3);
@@ -67,11 +67,12 @@ void log_record(const char *name, const char *json, size_t n) {
     if (!log_enabled(LOG_INFO) || n < 2 || n > LINE_BYTES) return;
     clock_gettime(CLOCK_REALTIME, &now);
     const int length =
-        as_json ? snprintf(line, sizeof line,
-                           "{\"ts\":%lld.%03ld,\"level\":\"info\",\"rank\":%d,\"msg\":\"%s\",%.*s\n",
-                           (long long)now.tv_sec, now.tv_nsec / 1000000, own_rank, name, (int)n - 1,
-                           json + 1)
-                : snprintf(line, sizeof line, "sfumato: %s %.*s\n", name, (int)n, json);
+        as_json
+            ? snprintf(line, sizeof line,
+                       "{\"ts\":%lld.%03ld,\"level\":\"info\",\"rank\":%d,\"msg\":\"%s\",%.*s\n",
+                       (long long)now.tv_sec, now.tv_nsec / 1000000, own_rank, name, (int)n - 1,
+                       json + 1)
+            : snprintf(line, sizeof line, "sfumato: %s %.*s\n", name, (int)n, json);
     write_all(line, (size_t)length);
 }
 
