@@ -8,16 +8,18 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "base/rng.h" /* SFUMATO_DEVICE */
+
 typedef uint16_t bf16;
 
-static inline float bf16_to_float(bf16 x) {
+static inline SFUMATO_DEVICE float bf16_to_float(bf16 x) {
     const uint32_t bits = (uint32_t)x << 16;
     float out;
     memcpy(&out, &bits, sizeof out);
     return out;
 }
 
-static inline bf16 bf16_from_float(float x) {
+static inline SFUMATO_DEVICE bf16 bf16_from_float(float x) {
     uint32_t bits;
     memcpy(&bits, &x, sizeof bits);
     if ((bits & 0x7fffffffu) > 0x7f800000u) return (bf16)(bits >> 16 | 0x40u); /* quiet NaN */

@@ -1,0 +1,2 @@
+#include "kernels/kv.cuh"
+int attention_setup(void) { return 0; }

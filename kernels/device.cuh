@@ -1,0 +1,165 @@
+/* device.cuh: what the kernels share: launches, 16-byte loads, the tensor-core product, small sums.
+ *
+ * The same .cu files compile twice: by nvcc, and by g++ with KERNELS_FIBRE and the emulation in
+ * tests/fibre. Everything that differs between the two is here; a kernel file has no #ifdef.
+ * All files compile with --fmad=false: where a multiply and an add shall be one operation it says fmaf.
+ */
+#ifndef SFUMATO_KERNELS_DEVICE_CUH
+#define SFUMATO_KERNELS_DEVICE_CUH
+
+#include <stdint.h>
+
+#ifdef KERNELS_FIBRE
+#include "fibre/cuda_fibre.h"
+#else
+#include <cuda_runtime.h>
+#endif
+
+#include "base/bf16.h"
+#include "base/fmath.h"
+#include "kernels/kernels.h"
+
+enum { WARP = 32 };
+#define WARP_ALL 0xffffffffu
+
+#ifdef KERNELS_FIBRE
+#define KERNELS_LAUNCH(kernel, grid, block, shared, stream, ...) \
+    ((void)(stream), fibre_launch(grid, block, shared, [&] { kernel(__VA_ARGS__); }))
+#define KERNELS_SHARED(type, name) type *const name = (type *)(void *)fibre_shared
+#else
+#define KERNELS_LAUNCH(kernel, grid, block, shared, stream, ...) \
+    kernel<<<grid, block, shared, stream>>>(__VA_ARGS__)
+#define KERNELS_SHARED(type, name)                                 \
+    extern __shared__ __align__(16) unsigned char kernels_shared[]; \
+    type *const name = reinterpret_cast<type *>(kernels_shared)
+#endif
+
+/* Allows a kernel more than 48 KiB of dynamic shared memory. */
+#ifdef KERNELS_FIBRE
+#define KERNELS_SHARED_LIMIT(kernel, bytes) 0
+#else
+#define KERNELS_SHARED_LIMIT(kernel, bytes) \
+    ((int)cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes))
+#endif
+
+/* Weights: read once, not worth a line of L1. */
+static __device__ __forceinline__ uint4 load_stream(const uint4 *p) {
+#ifdef KERNELS_FIBRE
+    return *p;
+#else
+    uint4 v;
+    asm("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+        : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+        : "l"(p));
+    return v;
+#endif
+}
+
+/* d[16 x 8] += a[16 x 16] b[16 x 8] on a warp. With lane = 4 g + t and the order of k of
+ * kernels.h: a = rows g and g + 8, inputs 4t .. 4t + 3 of each; b = column g, inputs 4t .. 4t + 3;
+ * d = (row g, columns 2t, 2t + 1), (row g + 8, the same). */
+static __device__ __forceinline__ void mma_bf16(float d[4], uint4 a, uint2 b) {
+#ifdef KERNELS_FIBRE
+    struct {
+        uint4 a;
+        uint2 b;
+    } mine = {a, b}, all[WARP];
+    memcpy(all, fibre_exchange_bytes(&mine, sizeof mine), sizeof all);
+    const unsigned lane = fibre_lane(), g = lane / 4, t = lane % 4;
+    for (unsigned e = 0; e < 4; e++) {
+        const unsigned row = g + e / 2 * 8, column = 2 * t + e % 2;
+        for (unsigned k = 0; k < 16; k++) {
+            bf16 weights[8], inputs[4];
+            memcpy(weights, &all[row % 8 * 4 + k / 4].a, sizeof weights);
+            memcpy(inputs, &all[column * 4 + k / 4].b, sizeof inputs);
+            d[e] = fmaf(bf16_to_float(weights[row / 8 * 4 + k % 4]), bf16_to_float(inputs[k % 4]), d[e]);
+        }
+    }
+#else
+    /* the instruction's k order is (2t, 2t + 1, 2t + 8, 2t + 9): any order will do, both sides agree */
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+        "{%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a.x), "r"(a.z), "r"(a.y), "r"(a.w), "r"(b.x), "r"(b.y));
+#endif
+}
+
+/* V values that are read or written by one instruction; the address is aligned to them. */
+template <typename T, int V>
+struct alignas(sizeof(T) * V) several {
+    T v[V];
+};
+template <int V, typename T>
+static __device__ __forceinline__ several<T, V> load_several(const T *p) {
+    return *reinterpret_cast<const several<T, V> *>(p);
+}
+template <int V, typename T>
+static __device__ __forceinline__ void store_several(T *p, const several<T, V> &x) {
+    *reinterpret_cast<several<T, V> *>(p) = x;
+}
+
+static __device__ __forceinline__ float bf16_low(uint32_t pair) {
+    const uint32_t bits = pair << 16;
+    float out;
+    memcpy(&out, &bits, sizeof out);
+    return out;
+}
+static __device__ __forceinline__ float bf16_high(uint32_t pair) {
+    const uint32_t bits = pair & 0xffff0000u;
+    float out;
+    memcpy(&out, &bits, sizeof out);
+    return out;
+}
+
+/* The slab tree of cpu.md section 3.1 over up to 8 values; absent ones are -0.0f. */
+static __device__ __forceinline__ float tree_sum(const float v[8]) {
+    return ((v[0] + v[1]) + (v[2] + v[3])) + ((v[4] + v[5]) + (v[6] + v[7]));
+}
+
+/* Lanes j and j + 16, + 8, + 4, + 2, + 1; the sum in every lane. */
+static __device__ __forceinline__ float warp_sum(float v) {
+    for (int half = WARP / 2; half > 0; half /= 2) v += __shfl_xor_sync(WARP_ALL, v, half);
+    return v;
+}
+
+/* Sum over the block in a fixed order (it depends on the block size only), in every thread.
+ * scratch: [33] shared floats. All threads call it. */
+static __device__ __forceinline__ float block_sum(float v, float *scratch) {
+    const int lane = (int)threadIdx.x % WARP, warp = (int)threadIdx.x / WARP;
+    v = warp_sum(v);
+    if (lane == 0) scratch[warp] = v;
+    __syncthreads();
+    if (warp == 0) {
+        const float sum = warp_sum(lane < (int)blockDim.x / WARP ? scratch[lane] : 0.0f);
+        if (lane == 0) scratch[WARP] = sum;
+    }
+    __syncthreads();
+    v = scratch[WARP];
+    __syncthreads(); /* scratch is free again */
+    return v;
+}
+
+/* Has everybody else who counts on *counter arrived? What they wrote before is then visible, and
+ * the counter is zero again. flag: one shared word. All threads of the block call it. */
+static __device__ __forceinline__ bool last_arrival(uint32_t *counter, uint32_t expected, uint32_t *flag) {
+    __threadfence();
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        *flag = atomicAdd(counter, 1u) + 1u == expected;
+        if (*flag) *counter = 0;
+        __threadfence();
+    }
+    __syncthreads();
+    return *flag != 0;
+}
+
+static inline unsigned blocks_of(int64_t items, int64_t per_block) {
+    return (unsigned)((items + per_block - 1) / per_block);
+}
+
+/* setup.cu: multiprocessors of the device. product.cu and attention.cu: their shared-memory limits. */
+extern int kernels_sm_count;
+int product_setup(void);
+int attention_setup(void);
+
+#endif

@@ -1,0 +1,21 @@
+/* setup.cu: facts of the device, asked once; text of errors. */
+#include "kernels/device.cuh"
+
+int kernels_sm_count = 132;
+
+extern "C" int kernels_setup(void) {
+#ifndef KERNELS_FIBRE
+    int device = 0, error = (int)cudaGetDevice(&device);
+    if (error == 0)
+        error = (int)cudaDeviceGetAttribute(&kernels_sm_count, cudaDevAttrMultiProcessorCount, device);
+    if (error != 0) return error;
+#endif
+    const int error_product = product_setup();
+    return error_product != 0 ? error_product : attention_setup();
+}
+
+extern "C" const char *kernels_error_text(int error) {
+    return cudaGetErrorString((cudaError_t)error);
+}
+
+extern "C" int kernels_multiprocessors(void) { return kernels_sm_count; }

@@ -1,0 +1,31 @@
+/* tile.cuh: where an element of a packed matrix is (the picture is in kernels.h). */
+#ifndef SFUMATO_KERNELS_TILE_CUH
+#define SFUMATO_KERNELS_TILE_CUH
+
+#include "kernels/device.cuh"
+
+enum {
+    TILE_ELEMENTS = KERNELS_TILE * KERNELS_TILE,
+    TILE_UNITS = KERNELS_TILE / 2, /* GATE_UP: ffn columns of a tile */
+};
+
+/* Offset in elements of inputs [4 quad, +4) of `row` of a tile, inside the tile. */
+static __device__ __forceinline__ int tile_offset(int row, int quad) {
+    return ((row % 8) * 4 + quad) * 8 + (row / 8) * 4;
+}
+
+/* First of the 4 consecutive inputs [4 quad, +4) of a row, by tile coordinates. */
+static __device__ __forceinline__ int64_t matrix_offset(const struct kernels_matrix *m, int64_t row_tile,
+                                                        int row, int64_t col_tile, int quad) {
+    return (row_tile * m->col_tiles + col_tile) * TILE_ELEMENTS + tile_offset(row, quad);
+}
+
+/* Columns and column tiles count from 0 together: no slab but the last has a partly filled tile, and four
+ * columns of a row can be read at once. */
+static inline bool matrix_is_dense(const struct kernels_matrix *m) {
+    for (int p = 0; p <= m->part_count; p++)
+        if (m->part_begin[p] != m->part_tile[p] * KERNELS_TILE && m->part_begin[p] != m->cols) return false;
+    return m->cols % 4 == 0;
+}
+
+#endif

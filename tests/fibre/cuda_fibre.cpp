@@ -1,0 +1,186 @@
+/* cuda_fibre.cpp: see cuda_fibre.h. Fibres, their two kinds of barrier, shared memory.
+ *
+ * A barrier is a counter of arrivals and a generation. Who arrives last opens it; the others give
+ * the CPU back until they see the generation change. The scheduler walks the fibres in order.
+ */
+#include "fibre/cuda_fibre.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <ucontext.h>
+
+#include <memory>
+#include <vector>
+
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/common_interface_defs.h>
+#define FIBRE_SANITIZED 1
+#endif
+
+fibre_place fibre_here;
+unsigned char *fibre_shared;
+
+namespace {
+
+enum { WARP = 32, EXCHANGE_BYTES = 64, STACK_BYTES = 128 * 1024 };
+
+struct barrier {
+    int arrived = 0;
+    uint64_t generation = 0;
+};
+
+struct warp {
+    barrier meet;
+    /* two buffers: a lane may write for the next exchange while another still reads this one */
+    alignas(16) unsigned char packed[2][WARP * EXCHANGE_BYTES];
+};
+
+struct fibre {
+    ucontext_t context;
+    std::unique_ptr<unsigned char[]> stack{new unsigned char[STACK_BYTES]};
+    fibre_place place;
+    bool done = false;
+    int exchanges = 0;
+    void *fake_stack = nullptr;
+};
+
+/* Stacks are kept from launch to launch. */
+std::vector<std::unique_ptr<fibre>> fibres;
+std::vector<warp> warps;
+barrier block_barrier;
+ucontext_t scheduler;
+fibre *now;
+int alive;
+bool moved; /* somebody got past a barrier, or returned, in this round */
+fibre_body *body;
+void *body_context;
+const void *scheduler_stack;
+size_t scheduler_stack_bytes;
+void *scheduler_fake_stack;
+
+void to_scheduler(bool last) {
+#ifdef FIBRE_SANITIZED
+    __sanitizer_start_switch_fiber(last ? nullptr : &now->fake_stack, scheduler_stack,
+                                   scheduler_stack_bytes);
+#endif
+    fibre *const me = now;
+    if (last) {
+        setcontext(&scheduler);
+        abort();
+    }
+    swapcontext(&me->context, &scheduler);
+#ifdef FIBRE_SANITIZED
+    __sanitizer_finish_switch_fiber(me->fake_stack, &scheduler_stack, &scheduler_stack_bytes);
+#endif
+}
+
+void to_fibre(fibre *f) {
+    now = f;
+    fibre_here = f->place;
+#ifdef FIBRE_SANITIZED
+    __sanitizer_start_switch_fiber(&scheduler_fake_stack, f->stack.get(), STACK_BYTES);
+#endif
+    swapcontext(&scheduler, &f->context);
+#ifdef FIBRE_SANITIZED
+    __sanitizer_finish_switch_fiber(scheduler_fake_stack, nullptr, nullptr);
+#endif
+}
+
+void fibre_main() {
+#ifdef FIBRE_SANITIZED
+    __sanitizer_finish_switch_fiber(nullptr, &scheduler_stack, &scheduler_stack_bytes);
+#endif
+    body(body_context);
+    now->done = true;
+    moved = true;
+    alive--;
+    if (block_barrier.arrived > 0 && block_barrier.arrived == alive) { /* the others waited for us */
+        block_barrier.arrived = 0;
+        block_barrier.generation++;
+    }
+    to_scheduler(true);
+}
+
+void wait(barrier *b, int expected) {
+    moved = true;
+    if (++b->arrived == expected) {
+        b->arrived = 0;
+        b->generation++;
+        return;
+    }
+    const uint64_t generation = b->generation;
+    while (b->generation == generation) to_scheduler(false);
+    moved = true;
+}
+
+void run_block(dim3 block, int threads) {
+    alive = threads;
+    block_barrier = barrier();
+    for (warp &w : warps) w.meet = barrier();
+    for (int i = 0; i < threads; i++) {
+        fibre *f = fibres[(size_t)i].get();
+        f->done = false;
+        f->exchanges = 0;
+        f->fake_stack = nullptr;
+        f->place = fibre_here;
+        f->place.thread =
+            dim3((unsigned)i % block.x, (unsigned)i / block.x % block.y, (unsigned)i / block.x / block.y);
+        getcontext(&f->context);
+        f->context.uc_stack.ss_sp = f->stack.get();
+        f->context.uc_stack.ss_size = STACK_BYTES;
+        f->context.uc_link = nullptr;
+        makecontext(&f->context, fibre_main, 0);
+    }
+    while (alive > 0) {
+        moved = false;
+        for (int i = 0; i < threads; i++)
+            if (!fibres[(size_t)i]->done) to_fibre(fibres[(size_t)i].get());
+        if (moved || alive == 0) continue;
+        fprintf(stderr, "fibre: block (%u, %u, %u): a barrier that not all threads reach\n",
+                fibre_here.block.x, fibre_here.block.y, fibre_here.block.z);
+        abort();
+    }
+}
+
+}  // namespace
+
+void __syncthreads() { wait(&block_barrier, alive); }
+
+const unsigned char *fibre_exchange_bytes(const void *mine, size_t bytes) {
+    const unsigned index = threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z);
+    warp *w = &warps[index / WARP];
+    const int buffer = now->exchanges++ % 2;
+    memcpy(w->packed[buffer] + index % WARP * bytes, mine, bytes);
+    wait(&w->meet, WARP);
+    return w->packed[buffer];
+}
+
+const uint64_t *fibre_exchange(uint64_t mine) {
+    return (const uint64_t *)(const void *)fibre_exchange_bytes(&mine, sizeof mine);
+}
+
+void fibre_run(dim3 grid, dim3 block, size_t shared_bytes, fibre_body *run, void *context) {
+    const int threads = (int)(block.x * block.y * block.z);
+    if (threads % WARP != 0 || threads > 1024 || block.x % WARP != 0) {
+        fprintf(stderr, "fibre: a block of %d threads\n", threads);
+        abort();
+    }
+    while ((int)fibres.size() < threads) fibres.emplace_back(new fibre);
+    warps.resize((size_t)threads / WARP);
+    body = run;
+    body_context = context;
+    fibre_here.block_size = block;
+    fibre_here.grid = grid;
+    for (unsigned z = 0; z < grid.z; z++)
+        for (unsigned y = 0; y < grid.y; y++)
+            for (unsigned x = 0; x < grid.x; x++) {
+                unsigned char *shared = (unsigned char *)aligned_alloc(16, (shared_bytes + 15) / 16 * 16 + 16);
+                memset(shared, 0xff, shared_bytes);
+                fibre_shared = shared;
+                fibre_here.block = dim3(x, y, z);
+                fibre_here.block_size = block;
+                fibre_here.grid = grid;
+                run_block(block, threads);
+                free(shared);
+            }
+}
