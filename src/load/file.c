@@ -52,6 +52,14 @@ void file_map_close(struct file_map *map) {
     *map = (struct file_map){0};
 }
 
+void file_map_forget(const struct file_map *map, const uint8_t *from, size_t n) {
+    ASSERT(from >= map->bytes && n <= map->n && (size_t)(from - map->bytes) <= map->n - n);
+    const uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE);
+    const uintptr_t begin = (uintptr_t)from / page * page, end = (uintptr_t)from + n;
+    /* of a shared file mapping only the page table's entries go: rounding outward loses nothing */
+    if (end > begin) madvise((void *)begin, end - begin, MADV_DONTNEED);
+}
+
 bool file_exists(const char *path) { return access(path, F_OK) == 0; }
 
 enum status file_read_text(const char *path, size_t limit, char **text, size_t *n) {

@@ -114,6 +114,9 @@ static enum status gguf_source_read(source *src, const char *name, int64_t row_b
         const int64_t row = permuted ? file_row(row_begin + i, head_dim) : row_begin + i;
         tensor_read_row(e, row, col_begin, col_count, dst + i * col_count);
     }
+    size_t n;
+    const uint8_t *rows = tensor_rows(e, row_begin, row_count, &n);
+    file_map_forget(&((const struct gguf_source *)src)->map, rows, n);
     return STATUS_OK;
 }
 

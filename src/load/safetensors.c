@@ -292,6 +292,9 @@ static enum status safetensors_read(source *src, const char *name, int64_t row_b
     for (int64_t r = 0; r < row_count; r++) {
         tensor_read_row(e, row_begin + r, col_begin, col_count, dst + r * col_count);
     }
+    size_t n;
+    const uint8_t *rows = tensor_rows(e, row_begin, row_count, &n);
+    file_map_forget(&s->maps[e->file], rows, n);
     return STATUS_OK;
 }
 

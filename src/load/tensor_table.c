@@ -83,6 +83,13 @@ enum config_dtype tensor_table_dtype(const struct tensor_table *table) {
     return best;
 }
 
+const uint8_t *tensor_rows(const struct tensor_entry *entry, int64_t row_begin, int64_t row_count,
+                           size_t *n) {
+    const int64_t row_bytes = entry->cols / entry->type->elements * entry->type->bytes;
+    *n = (size_t)(row_count * row_bytes);
+    return entry->data + row_begin * row_bytes;
+}
+
 void tensor_read_row(const struct tensor_entry *entry, int64_t row, int64_t col_begin,
                      int64_t col_count, float *dst) {
     const struct dequant_type *type = entry->type;

@@ -40,6 +40,9 @@ const struct tensor_entry *tensor_table_find(const struct tensor_table *table, c
 /* The number format of most bytes. */
 enum config_dtype tensor_table_dtype(const struct tensor_table *table);
 
+/* The bytes of rows [row_begin, +row_count) in the file. */
+const uint8_t *tensor_rows(const struct tensor_entry *entry, int64_t row_begin, int64_t row_count,
+                           size_t *n);
 /* One row: dst[col_count] = columns [col_begin, +col_count) of row `row`. The entry must have a
  * type. */
 void tensor_read_row(const struct tensor_entry *entry, int64_t row, int64_t col_begin,
