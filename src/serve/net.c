@@ -17,6 +17,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/eventfd.h>
+#include <sys/prctl.h>
 #include <sys/resource.h>
 #include <sys/signalfd.h>
 #include <threads.h>
@@ -51,6 +52,7 @@ struct net {
     service *service;
     void *fronts[FRONT_COUNT];
     int signal_fd, wake_fd;
+    pid_t launcher; /* mpirun, or its daemon on this host; 0: none */
     struct event *on_signal, *on_wake, *on_up, *poll;
     thrd_t thread;
     bool started;
@@ -155,9 +157,10 @@ static void abort_drain(net *n) {
 
 /* ---- signals ---- */
 
-static bool is_from_launcher(const struct signalfd_siginfo *s) {
-    return getenv("OMPI_COMM_WORLD_SIZE") && (pid_t)s->ssi_pid == getppid() &&
-           s->ssi_signo != SIGUSR1;
+/* Its stop, or (PR_SET_PDEATHSIG) its death. */
+static bool is_from_launcher(const net *n, const struct signalfd_siginfo *s) {
+    return n->launcher && s->ssi_signo != SIGUSR1 &&
+           ((pid_t)s->ssi_pid == n->launcher || getppid() != n->launcher);
 }
 
 static void on_signal(evutil_socket_t fd, short what, void *user) {
@@ -169,7 +172,7 @@ static void on_signal(evutil_socket_t fd, short what, void *user) {
         if (state == SERVICE_LOADING) {
             log_warn("stopped by signal %d while loading", (int)s.ssi_signo);
             leave_at_once(STATUS_PARTIAL);
-        } else if (is_from_launcher(&s)) {
+        } else if (is_from_launcher(n, &s)) {
             log_warn("the launcher stops this job: %d requests are aborted",
                      service_calls(n->service));
             service_end_all(n->service, REFUSAL_DRAINING, "the server is shutting down");
@@ -287,6 +290,10 @@ enum status net_open(const struct params *params, int ranks, net **out) {
     if (!n) return fail(STATUS_MEMORY, "no memory for the service");
     n->params = params;
     n->signal_fd = n->wake_fd = -1;
+    if (getenv("OMPI_COMM_WORLD_SIZE")) {
+        n->launcher = getppid();
+        prctl(PR_SET_PDEATHSIG, SIGTERM);
+    }
     raise_file_limit(params);
     n->base = event_base_new();
     if (!n->base) TRY_GOTO(fail(STATUS_MEMORY, "no event loop"), out);

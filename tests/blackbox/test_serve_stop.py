@@ -12,7 +12,7 @@ import pytest
 from conftest import BINARY, SOURCE, launch
 from served import Server
 
-LONG = {"prompt": "Tom has", "max_tokens": 1000, "n": 24, "ignore_eos": True, "soft_thinking": {"mode": "off"}}
+LONG = {"prompt": "Tom has", "max_tokens": 400, "n": 8, "ignore_eos": True, "soft_thinking": {"mode": "off"}}
 MESSAGES = "/v1/completions"
 
 
@@ -35,7 +35,7 @@ class Client(threading.Thread):
             self.failure = e
         self.began.set()
 
-    def last(self, timeout=30):
+    def last(self, timeout=100):
         self.join(timeout)
         assert not self.is_alive()
         return self.events[-1]
@@ -69,7 +69,7 @@ WAYS = {
 
 @pytest.mark.parametrize("way", WAYS)
 def test_R10_drain(way):
-    server = Server()
+    server = Server("--shutdown-timeout", "120")
     try:
         client, ranks = Client(server), server.ranks()
         WAYS[way](server)
@@ -89,16 +89,25 @@ def test_R10_drain(way):
 
 def test_R10_drain_through_the_wrapper():
     wrapper = ["/bin/bash", str(SOURCE / "launch/sfumato-run"), "-n", "2"]
-    for signals, wanted in (([signal.SIGTERM], 0), ([signal.SIGINT], 0), ([signal.SIGUSR1], 0)):
-        server = Server(wrapper=wrapper, env={"SFUMATO": str(BINARY)})
+    for sent in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        server = Server("--shutdown-timeout", "120", wrapper=wrapper, env={"SFUMATO": str(BINARY)})
         try:
             client, ranks = Client(server), server.ranks()
-            for s in signals:
-                server.process.send_signal(s)
+            server.process.send_signal(sent)
             assert client.last() == "[DONE]"
-            assert server.wait() == wanted and gone(ranks, 1)
+            assert server.wait() == 0 and gone(ranks, 1)
         finally:
             server.kill()
+    server = Server(wrapper=wrapper, env={"SFUMATO": str(BINARY)})
+    try:  # the second one stops
+        client, ranks = Client(server, {**LONG, "n": 32, "max_tokens": 1000}), server.ranks()
+        server.process.send_signal(signal.SIGTERM)
+        server.wait_line("draining")
+        server.process.send_signal(signal.SIGTERM)
+        assert aborted(client.last()) == "shutting_down"
+        assert server.wait() == 1 and gone(ranks, 3)
+    finally:
+        server.kill()
 
 
 def aborted(event):
@@ -108,7 +117,7 @@ def aborted(event):
 def test_R10_second_signal_aborts():
     server = Server()
     try:
-        client, ranks, began = Client(server), server.ranks(), time.monotonic()
+        client, ranks, began = Client(server, {**LONG, "n": 32, "max_tokens": 1000}), server.ranks(), time.monotonic()
         server.process.send_signal(signal.SIGUSR1)
         server.wait_line("draining")
         server.process.send_signal(signal.SIGUSR1)
@@ -122,7 +131,7 @@ def test_R10_second_signal_aborts():
 def test_R10_shutdown_timeout():
     server = Server("--shutdown-timeout", "0.2")
     try:
-        client = Client(server)
+        client = Client(server, {**LONG, "n": 32, "max_tokens": 1000})
         server.process.send_signal(signal.SIGUSR1)
         assert aborted(client.last()) == "shutting_down"
         assert server.wait() == 1
@@ -152,11 +161,11 @@ def test_R10_stop_of_mpirun():
 def test_R11_killed(victim):
     server = Server()
     try:
-        client, ranks = Client(server), server.ranks()
+        client, ranks = Client(server, {**LONG, "n": 32, "max_tokens": 1000}), server.ranks()
         os.kill(ranks[victim], signal.SIGKILL)
         client.join(10)
         if victim == 1:
-            assert aborted(client.events[-1]) or client.events[-1] == "[DONE]", client.events[-1]
+            assert aborted(client.events[-1]) == "shutting_down", client.events[-1]
         else:
             assert client.events[-1] != "[DONE]"
         assert server.wait(10) not in (0, None) and gone(ranks, 1)
@@ -205,7 +214,7 @@ def test_R11_rank_0_stopped():
 def test_R11_launcher_killed():
     server = Server()
     try:
-        client, ranks = Client(server), server.ranks()
+        client, ranks = Client(server, {**LONG, "n": 32, "max_tokens": 1000}), server.ranks()
         server.process.kill()
         assert gone(ranks, 3)
         assert aborted(client.last()) == "shutting_down"
