@@ -10,7 +10,7 @@ import subprocess
 import threading
 import time
 
-from conftest import BINARY, MPI, TINY
+from places import BINARY, MPI, TINY
 
 READY = re.compile(r"serving .* at .*http://[^ ]*:(\d+)")
 
