@@ -355,6 +355,26 @@ static void test_no_python(void) {
     CHECK_EQ(child_count(), 0);
 }
 
+/* As in a virtual environment: a python3 without jinja2 comes first. */
+static void test_python_without_jinja(void) {
+    char *path = strdup(getenv("PATH")), folder[] = "/tmp/sfumato-python-XXXXXX";
+    char file[64], changed[8192];
+    CU_ASSERT_FATAL(mkdtemp(folder) != NULL);
+    snprintf(file, sizeof file, "%s/python3", folder);
+    snprintf(changed, sizeof changed, "%s:%s", folder, path);
+    CHECK_EQ(symlink("/bin/false", file), 0);
+    setenv("PATH", changed, 1);
+    chat_helper *mine = NULL;
+    CHECK_EQ(chat_helper_start(&mine), STATUS_OK);
+    CU_ASSERT(mine != NULL);
+    chat_helper_stop(mine);
+    setenv("PATH", path, 1);
+    unlink(file);
+    rmdir(folder);
+    free(path);
+    CHECK_EQ(child_count(), 0);
+}
+
 const struct suite_case suite_cases[] = {
     {"prompts as transformers gives, by the helper", test_golden},
     {"the same prompts by built-in formats", test_builtin_golden},
@@ -365,5 +385,6 @@ const struct suite_case suite_cases[] = {
     {"the helper of a killed process ends", test_killed_parent},
     {"the helper is gone after stop", test_stop},
     {"no python3", test_no_python},
+    {"a python3 without jinja2", test_python_without_jinja},
     {NULL, NULL},
 };

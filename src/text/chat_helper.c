@@ -13,6 +13,7 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <limits.h>
 #include <poll.h>
 #include <signal.h>
 #include <spawn.h>
@@ -56,12 +57,12 @@ static void helper_kill(chat_helper *h) {
     h->pid = 0;
 }
 
-static int spawn_python(pid_t *pid, int child_fd) {
+static int spawn_python(const char *python, pid_t *pid, int child_fd) {
     char seconds[16], memory[32];
     snprintf(seconds, sizeof seconds, "%d", CHAT_RENDER_SECONDS);
     snprintf(memory, sizeof memory, "%lld", (long long)MEMORY_MIB << 20);
-    char *const argv[] = {"python3", "-I",   "-B", "-c", (char *)CHAT_HELPER_PY,
-                          seconds,   memory, NULL};
+    char *const argv[] = {(char *)python,         "-I",    "-B",   "-c",
+                          (char *)CHAT_HELPER_PY, seconds, memory, NULL};
     posix_spawn_file_actions_t actions;
     posix_spawnattr_t attributes;
     if (posix_spawn_file_actions_init(&actions) != 0) return ENOMEM;
@@ -82,7 +83,7 @@ static int spawn_python(pid_t *pid, int child_fd) {
     if (rc == 0) rc = posix_spawn_file_actions_adddup2(&actions, child_fd, 1);
     if (rc == 0) rc = posix_spawn_file_actions_addopen(&actions, 2, "/dev/null", O_WRONLY, 0);
     if (rc == 0) rc = posix_spawn_file_actions_addclosefrom_np(&actions, 3);
-    if (rc == 0) rc = posix_spawnp(pid, "python3", &actions, &attributes, argv, environ);
+    if (rc == 0) rc = posix_spawn(pid, python, &actions, &attributes, argv, environ);
     posix_spawnattr_destroy(&attributes);
     posix_spawn_file_actions_destroy(&actions);
     return rc;
@@ -133,12 +134,12 @@ static bool get_line(int fd, struct text_buffer *line, long long deadline_ms) {
 
 /* --- start, ask, stop ------------------------------------------------------------------------ */
 
-/* False: no python3, no jinja2, or it did not come up. */
-static bool helper_spawn(chat_helper *h) {
+/* False: it is not there, has no jinja2, or did not come up. */
+static bool helper_spawn_as(chat_helper *h, const char *python) {
     int ends[2];
     if (socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, ends) != 0) return false;
     pid_t pid = 0;
-    const int rc = spawn_python(&pid, ends[1]);
+    const int rc = spawn_python(python, &pid, ends[1]);
     close(ends[1]);
     h->fd = ends[0];
     h->pid = rc == 0 ? pid : 0;
@@ -151,6 +152,22 @@ static bool helper_spawn(chat_helper *h) {
         helper_kill(h);
     free(line.bytes);
     return ready;
+}
+
+/* The first python3 of PATH that has jinja2: in a virtual environment the first one rarely does, but
+ * the system's is behind it. */
+static bool helper_spawn(chat_helper *h) {
+    const char *path = getenv("PATH");
+    char file[PATH_MAX];
+    for (const char *at = path ? path : "/usr/bin"; *at;) {
+        const size_t n = strcspn(at, ":");
+        if (n > 0 && n + sizeof "/python3" <= sizeof file) {
+            snprintf(file, sizeof file, "%.*s/python3", (int)n, at);
+            if (access(file, X_OK) == 0 && helper_spawn_as(h, file)) return true;
+        }
+        at += n + (at[n] == ':');
+    }
+    return false;
 }
 
 enum status chat_helper_start(chat_helper **out) {
