@@ -31,7 +31,7 @@ void cmd_serve_before(void) { net_block_signals(); }
 /* ---- what a step leaves for /metrics ---- */
 
 static void publish(struct serving *s) {
-    enum { SCHEDULE, FORWARD, ALL_REDUCE, SAMPLE };
+    enum { SCHEDULE, FORWARD, ALL_REDUCE, SAMPLE, BROADCAST };
     enum { FREE, CACHED, USED };
     struct metrics *m = s->metrics;
     const struct engine_counters before = s->counters;
@@ -51,6 +51,8 @@ static void publish(struct serving *s) {
     metric_set_total(m, METRIC_prefix_hits, 0, now->cached_tokens);
     metric_set_total(m, METRIC_full_fetches, 0, now->full_fetches);
     metric_observe(m, METRIC_step_time, SCHEDULE, now->plan_seconds - before.plan_seconds);
+    metric_observe(m, METRIC_step_time, BROADCAST,
+                   now->broadcast_seconds - before.broadcast_seconds);
     metric_observe(m, METRIC_step_time, FORWARD, now->forward_seconds - before.forward_seconds);
     metric_observe(m, METRIC_step_time, SAMPLE, now->sample_seconds - before.sample_seconds);
     metric_observe(m, METRIC_step_time, ALL_REDUCE,

@@ -143,12 +143,15 @@ enum status engine_submit(engine *e, const struct request *r) {
                           "a request with id %llu is still running", (unsigned long long)r->id);
     struct task *t = task_new(r);
     if (!t) return STATUS_MEMORY;
+    const double submitted = now_seconds();
     t->next = e->tasks;
     if (e->tasks) e->tasks->prev = t;
     e->tasks = t;
     for (int i = 0; i < t->sequence_count; i++) {
         struct sequence *s = &t->sequences[i];
         s->arrival = e->arrivals++;
+        s->submitted = submitted;
+        s->queue_seconds = -1;
         if (i > 0 && t->sharing != SHARING_NONE) {
             s->state = SEQUENCE_HELD;
             e->held_count++;
@@ -178,6 +181,7 @@ void engine_emit_step(engine *e, struct sequence *s, const struct step_report *r
     const struct engine_event event = {.kind = ENGINE_STEP,
                                        .request_id = s->task->request.id,
                                        .choice = s->choice,
+                                       .queue_seconds = s->queue_seconds,
                                        .step = report->step,
                                        .decision = report->decision,
                                        .logprob = report->logprob,
@@ -191,6 +195,7 @@ static void emit_finished(engine *e, const struct sequence *s, const struct endi
     struct engine_event event = {.kind = ENGINE_FINISHED,
                                  .request_id = s->task->request.id,
                                  .choice = s->choice,
+                                 .queue_seconds = s->queue_seconds,
                                  .finish = ending->finish,
                                  .loop_break = ending->loop_break,
                                  .stopped_by_id = ending->stopped_by_id,
@@ -244,6 +249,14 @@ void engine_preempt(engine *e) { sched_preempt_youngest(&e->sched); }
 
 /* ---- tick ---- */
 
+/* How long sequences of this step waited for their first one. */
+static void note_waits(const struct sched *sched, double now) {
+    for (int i = 0; i < sched->work_count; i++) {
+        struct sequence *s = sched->works[i].sequence;
+        if (s->queue_seconds < 0) s->queue_seconds = now - s->submitted;
+    }
+}
+
 bool engine_tick(engine *e) {
     if (e->sched.waiting_count + e->sched.running_count == 0) return false;
     const double begin = now_seconds();
@@ -251,7 +264,9 @@ bool engine_tick(engine *e) {
     if (fault_every("preempt")) engine_preempt(e);
     sched_plan(&e->sched);
     ASSERT_LT(0, e->sched.work_count);
+    note_waits(&e->sched, begin);
     assembly_make(&e->assembly, e->sched.works, e->sched.work_count);
+    const double assembled = now_seconds();
     step_send(&e->rank, PLAN_STEP, e->step, &e->assembly.batch, 0);
     const double planned = now_seconds();
     e->gathered = step_forward(&e->rank, &e->assembly.batch);
@@ -263,6 +278,7 @@ bool engine_tick(engine *e) {
     e->in_tick = false;
     free_finished_tasks(e);
     e->counters.plan_seconds += planned - begin;
+    e->counters.broadcast_seconds += planned - assembled;
     e->counters.forward_seconds += computed - planned;
     e->counters.sample_seconds += now_seconds() - computed;
     return true;

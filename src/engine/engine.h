@@ -68,6 +68,7 @@ struct engine_counters {
     int running, waiting;
     int32_t pages_used, pages_cached, pages_free;
     double plan_seconds, forward_seconds, sample_seconds; /* per phase, summed */
+    double broadcast_seconds;                             /* part of plan_seconds */
     uint64_t decision_hash; /* of all decisions so far: equal hashes = equal runs */
 };
 void engine_counters_get(const engine *e, struct engine_counters *out);

@@ -85,6 +85,7 @@ struct engine_event {
     enum engine_event_kind kind;
     uint64_t request_id;
     int choice;
+    double queue_seconds; /* STEP, FINISHED: it waited so long for its first step; -1: had none */
     /* ENGINE_STEP */
     uint32_t step;
     const struct think_decision *decision;

@@ -73,6 +73,8 @@ struct sequence {
     struct kv_digest *digests; /* [pages_max]: after each full page of inputs, made on demand */
     int32_t digest_count;
     uint64_t arrival;             /* order of submission, over all sequences */
+    double submitted;             /* seconds, monotonic */
+    double queue_seconds;         /* from then to its first step; -1: it had none yet */
     struct sequence *prev, *next; /* waiting queue */
     int64_t cached_tokens;
     int64_t shared_steps, shared_thinking, shared_soft; /* taken over from choice 0 */

@@ -371,6 +371,7 @@ call *service_call(service *s, const struct call_options *o, struct refused *why
     }
     c->service = s;
     c->arrival = service_clock();
+    c->queue_seconds = -1;
     c->created = (int64_t)time(NULL);
     c->front = o->front;
     c->user = o->user;

@@ -28,14 +28,25 @@ static void note_start(call *c, struct ticket *t) {
     c->tokens -= tokens;
 }
 
-/* shared: a thinking step of choice 0, reported for this choice too; it was one step. */
-static void count_step(call *c, struct choice *choice, const struct think_decision *d,
-                       bool shared) {
+/* The first step of a sequence: its wait in the queue, and how long its prompt took after that. */
+static void note_queue(call *c, const struct engine_event *e, double now) {
     struct metrics *m = c->service->metrics;
+    if (e->queue_seconds < 0) return; /* held for a shared thought: it was never in the queue */
+    if (c->queue_seconds < e->queue_seconds) c->queue_seconds = e->queue_seconds;
+    const double prefill = now - c->arrival - e->queue_seconds;
+    metric_observe(m, METRIC_queue_time, 0, e->queue_seconds);
+    metric_observe(m, METRIC_prefill_time, 0, prefill > 0 ? prefill : 0);
+}
+
+/* shared: a thinking step of choice 0, reported for this choice too; it was one step. */
+static void count_step(call *c, struct choice *choice, const struct engine_event *e, bool shared) {
+    struct metrics *m = c->service->metrics;
+    const struct think_decision *d = e->decision;
     const double now = service_clock();
     if (!shared) metric_add(m, METRIC_generation_tokens, 0, 1);
     if (choice->first == 0) {
         choice->first = now;
+        note_queue(c, e, now);
         metric_observe(m, METRIC_first_token, 0, now - c->arrival);
     } else {
         metric_observe(m, METRIC_inter_token, 0, now - choice->last);
@@ -71,7 +82,7 @@ static void on_step(call *c, struct ticket *t, const struct engine_event *e) {
     note_start(c, t);
     const bool thinking = e->decision->phase == PHASE_THINKING;
     const bool shared = thinking && e->choice > 0 && c->body.request.share_thinking;
-    count_step(c, choice, e->decision, shared);
+    count_step(c, choice, e, shared);
     if (thinking && !shared) count_thinking(c->service->metrics, e->decision);
     if (reply_step(choice->reply, e, &delta) != STATUS_OK) {
         fail_call(c);

@@ -46,6 +46,8 @@ static void log_call(const call *c, const char *status, double first, double las
     json_write_int(&w, u.completion_tokens - u.reasoning_tokens);
     json_key(&w, "cached_tokens");
     json_write_int(&w, u.cached_tokens);
+    json_key(&w, "queue_ms");
+    json_write_real(&w, c->queue_seconds < 0 ? NAN : round(1e4 * c->queue_seconds) / 10);
     json_key(&w, "ttft_ms");
     json_write_real(&w, round(10 * ttft_ms) / 10);
     json_key(&w, "itl_ms");
@@ -78,8 +80,8 @@ void record_call(call *c, const struct refused *why, const char *gone) {
     metric_add(m, METRIC_success, error ? ERROR : ABORT, (uint64_t)unfinished);
     metric_observe(m, METRIC_e2e, 0, service_clock() - c->arrival);
     if (first > 0) {
-        metric_observe(m, METRIC_inference_time, 0, last - c->arrival);
-        metric_observe(m, METRIC_prefill_time, 0, first - c->arrival);
+        const double queued = c->queue_seconds > 0 ? c->queue_seconds : 0;
+        metric_observe(m, METRIC_inference_time, 0, last - c->arrival - queued);
     }
     struct reply_summary s;
     reply_summarise(c->choices[0].reply, &s);

@@ -55,6 +55,7 @@ struct call {
     char request_id[SERVICE_ID_BYTES], trace_id[33], id[33];
     int64_t created;
     double arrival;
+    double queue_seconds; /* the longest wait of its sequences; -1: none has begun */
     struct event *timer; /* deadline, or "at once" for calls without engine work */
 };
 
