@@ -29,7 +29,7 @@ enum { WARP = 32 };
 #else
 #define KERNELS_LAUNCH(kernel, grid, block, shared, stream, ...) \
     kernel<<<grid, block, shared, stream>>>(__VA_ARGS__)
-#define KERNELS_SHARED(type, name)                                 \
+#define KERNELS_SHARED(type, name)                                  \
     extern __shared__ __align__(16) unsigned char kernels_shared[]; \
     type *const name = reinterpret_cast<type *>(kernels_shared)
 #endif
@@ -72,7 +72,8 @@ static __device__ __forceinline__ void mma_bf16(float d[4], uint4 a, uint2 b) {
             bf16 weights[8], inputs[4];
             memcpy(weights, &all[row % 8 * 4 + k / 4].a, sizeof weights);
             memcpy(inputs, &all[column * 4 + k / 4].b, sizeof inputs);
-            d[e] = fmaf(bf16_to_float(weights[row / 8 * 4 + k % 4]), bf16_to_float(inputs[k % 4]), d[e]);
+            d[e] = fmaf(bf16_to_float(weights[row / 8 * 4 + k % 4]), bf16_to_float(inputs[k % 4]),
+                        d[e]);
         }
     }
 #else
@@ -141,7 +142,8 @@ static __device__ __forceinline__ float block_sum(float v, float *scratch) {
 
 /* Has everybody else who counts on *counter arrived? What they wrote before is then visible, and
  * the counter is zero again. flag: one shared word. All threads of the block call it. */
-static __device__ __forceinline__ bool last_arrival(uint32_t *counter, uint32_t expected, uint32_t *flag) {
+static __device__ __forceinline__ bool last_arrival(uint32_t *counter, uint32_t expected,
+                                                    uint32_t *flag) {
     __threadfence();
     __syncthreads();
     if (threadIdx.x == 0) {

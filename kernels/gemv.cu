@@ -25,7 +25,8 @@ extern "C" size_t kernels_product_workspace_bytes(int row_tiles_max) {
     return partials_floats() * sizeof(float) + (size_t)row_tiles_max * sizeof(uint32_t);
 }
 
-static __device__ __forceinline__ int64_t block_begin(int64_t total, int64_t blocks, int64_t block) {
+static __device__ __forceinline__ int64_t block_begin(int64_t total, int64_t blocks,
+                                                      int64_t block) {
     return total * block / blocks;
 }
 /* The block that owns k tile e. */
@@ -40,7 +41,8 @@ static __device__ __forceinline__ void multiply(float acc[M][2], uint4 w, const 
                         bf16_low(w.z), bf16_high(w.z), bf16_low(w.w), bf16_high(w.w)};
 #pragma unroll
     for (int r = 0; r < M; r++) {
-        const float b[4] = {bf16_low(x[r].x), bf16_high(x[r].x), bf16_low(x[r].y), bf16_high(x[r].y)};
+        const float b[4] = {bf16_low(x[r].x), bf16_high(x[r].x), bf16_low(x[r].y),
+                            bf16_high(x[r].y)};
 #pragma unroll
         for (int i = 0; i < 4; i++) {
             acc[r][0] = fmaf(a[i], b[i], acc[r][0]);
@@ -58,8 +60,9 @@ static __device__ __forceinline__ void finish(const struct kernels_matrix &m, in
     if (m.kind == KERNELS_GATE_UP) {
         const int64_t f = tile * TILE_UNITS + height;
         if (height < TILE_UNITS && f < m.rows)
-            act[row * m.rows + f] = bf16_from_float(
-                product_swiglu(value[row * KERNELS_TILE + height], value[row * KERNELS_TILE + height + TILE_UNITS]));
+            act[row * m.rows + f] =
+                bf16_from_float(product_swiglu(value[row * KERNELS_TILE + height],
+                                               value[row * KERNELS_TILE + height + TILE_UNITS]));
     } else {
         const int64_t n = tile * KERNELS_TILE + height;
         if (n < m.rows) out[row * m.rows + n] = value[row * KERNELS_TILE + height];
@@ -68,13 +71,17 @@ static __device__ __forceinline__ void finish(const struct kernels_matrix &m, in
 
 template <int M>
 static __global__ void __launch_bounds__(GEMV_THREADS, BLOCKS_AN_SM)
-gemv(const __grid_constant__ struct kernels_matrix m, const bf16 *in, float *out, bf16 *act, uint32_t *counters, float *partials) {
+    gemv(const __grid_constant__ struct kernels_matrix m, const bf16 *in, float *out, bf16 *act,
+         uint32_t *counters, float *partials) {
     __shared__ float warp_value[WARPS][M * KERNELS_TILE];
     __shared__ float value[M * KERNELS_TILE];
     __shared__ uint32_t flag;
-    const int lane = (int)threadIdx.x % WARP, warp = (int)threadIdx.x / WARP, g = lane / 4, t = lane % 4;
-    const int64_t per_row = m.col_tiles, total = m.row_tiles * per_row, blocks = gridDim.x, me = blockIdx.x;
-    const int64_t my_begin = block_begin(total, blocks, me), my_end = block_begin(total, blocks, me + 1);
+    const int lane = (int)threadIdx.x % WARP, warp = (int)threadIdx.x / WARP, g = lane / 4,
+              t = lane % 4;
+    const int64_t per_row = m.col_tiles, total = m.row_tiles * per_row, blocks = gridDim.x,
+                  me = blockIdx.x;
+    const int64_t my_begin = block_begin(total, blocks, me),
+                  my_end = block_begin(total, blocks, me + 1);
 
     for (int64_t at = my_begin; at < my_end;) {
         const int64_t tile = at / per_row, row_end = (tile + 1) * per_row;
@@ -84,7 +91,8 @@ gemv(const __grid_constant__ struct kernels_matrix m, const bf16 *in, float *out
         int column = (int)(at + from - tile * per_row) * KERNELS_TILE + 4 * t;
         float acc[M][2] = {};
         int k = from;
-        for (; k + UNROLL <= to; k += UNROLL, weights += UNROLL * WARP, column += UNROLL * KERNELS_TILE) {
+        for (; k + UNROLL <= to;
+             k += UNROLL, weights += UNROLL * WARP, column += UNROLL * KERNELS_TILE) {
             uint4 w[UNROLL];
 #pragma unroll
             for (int u = 0; u < UNROLL; u++) w[u] = load_stream(weights + u * WARP);
@@ -102,7 +110,8 @@ gemv(const __grid_constant__ struct kernels_matrix m, const bf16 *in, float *out
             uint2 x[M];
 #pragma unroll
             for (int r = 0; r < M; r++)
-                x[r] = column < m.cols ? *(const uint2 *)(in + r * m.cols + column) : make_uint2(0, 0);
+                x[r] =
+                    column < m.cols ? *(const uint2 *)(in + r * m.cols + column) : make_uint2(0, 0);
             multiply<M>(acc, load_stream(weights), x);
         }
 #pragma unroll
@@ -117,20 +126,25 @@ gemv(const __grid_constant__ struct kernels_matrix m, const bf16 *in, float *out
         __syncthreads();
         const int i = (int)threadIdx.x;
         float sum = 0.0f;
-        if (i < M * KERNELS_TILE) sum = product_tree(&warp_value[0][i], M * KERNELS_TILE, WARPS) + 0.0f;
+        if (i < M * KERNELS_TILE)
+            sum = product_tree(&warp_value[0][i], M * KERNELS_TILE, WARPS) + 0.0f;
 
         bool mine = count == per_row;
         if (!mine) {
-            float *slots = partials + i; /* of block b, segment s: slots + (2 b + s) * GEMV_ROWS * 16 */
+            float *slots =
+                partials + i; /* of block b, segment s: slots + (2 b + s) * GEMV_ROWS * 16 */
             const int stride = GEMV_ROWS * KERNELS_TILE;
-            if (i < M * KERNELS_TILE) slots[(2 * me + (my_begin > tile * per_row ? 0 : 1)) * stride] = sum;
+            if (i < M * KERNELS_TILE)
+                slots[(2 * me + (my_begin > tile * per_row ? 0 : 1)) * stride] = sum;
             const int64_t first = block_of(total, blocks, tile * per_row);
             const int64_t last = block_of(total, blocks, row_end - 1);
             mine = last_arrival(&counters[tile], (uint32_t)(last - first + 1), &flag);
             if (mine && i < M * KERNELS_TILE) {
                 sum = 0.0f;
                 for (int64_t b = first; b <= last; b++)
-                    sum += __ldcg(slots + (2 * b + (block_begin(total, blocks, b) > tile * per_row ? 0 : 1)) * stride);
+                    sum += __ldcg(
+                        slots + (2 * b + (block_begin(total, blocks, b) > tile * per_row ? 0 : 1)) *
+                                    stride);
             }
         }
         if (i < M * KERNELS_TILE) value[i] = sum;
@@ -140,8 +154,8 @@ gemv(const __grid_constant__ struct kernels_matrix m, const bf16 *in, float *out
     }
 }
 
-int gemv_run(kernels_stream stream, int rows, const struct kernels_matrix *m, const bf16 *in, float *out,
-             bf16 *act, void *workspace) {
+int gemv_run(kernels_stream stream, int rows, const struct kernels_matrix *m, const bf16 *in,
+             float *out, bf16 *act, void *workspace) {
     float *partials = (float *)workspace;
     uint32_t *counters = (uint32_t *)(void *)(partials + partials_floats());
     const int64_t total = (int64_t)m->row_tiles * m->col_tiles;

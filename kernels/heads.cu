@@ -9,8 +9,8 @@
 enum { HEADS_WARPS = 4, HEADS_THREADS = HEADS_WARPS * WARP };
 
 extern "C" size_t kernels_kv_bytes(const struct kernels_kv *kv) {
-    return (size_t)kv->layers * (size_t)kv->page_count * (size_t)kv->kv_heads * 2 * KERNELS_PAGE_TOKENS *
-           (size_t)kv->head_dim * sizeof(bf16);
+    return (size_t)kv->layers * (size_t)kv->page_count * (size_t)kv->kv_heads * 2 *
+           KERNELS_PAGE_TOKENS * (size_t)kv->head_dim * sizeof(bf16);
 }
 
 /* 1 / sqrt(mean of squares + eps): lane j < 16 takes x[j], x[j + 16], ...; then + 8, 4, 2, 1. */
@@ -25,8 +25,9 @@ static __device__ __forceinline__ float head_scale(const float *x, int n, float 
 
 /* grid: (ceil((H + 2 G) / 4), rows). */
 static __global__ void __launch_bounds__(HEADS_THREADS)
-heads_append(const struct kernels_row *rows, const int32_t *pages, const __grid_constant__ struct kernels_heads spec,
-             const __grid_constant__ struct kernels_kv kv, const float *raw, float *q) {
+    heads_append(const struct kernels_row *rows, const int32_t *pages,
+                 const __grid_constant__ struct kernels_heads spec,
+                 const __grid_constant__ struct kernels_kv kv, const float *raw, float *q) {
     __shared__ float memory[HEADS_WARPS][KERNELS_HEAD_DIM_MAX];
     const int lane = (int)threadIdx.x % WARP, H = spec.heads, G = kv.kv_heads, hd = kv.head_dim;
     const int head = (int)blockIdx.x * HEADS_WARPS + (int)threadIdx.x / WARP;
@@ -40,7 +41,8 @@ heads_append(const struct kernels_row *rows, const int32_t *pages, const __grid_
         return;
     }
     const float *from = raw + (row * (H + 2 * G) + head) * hd;
-    for (int d = lane; d < hd; d += WARP) x[d] = spec.bias ? from[d] + spec.bias[head * hd + d] : from[d];
+    for (int d = lane; d < hd; d += WARP)
+        x[d] = spec.bias ? from[d] + spec.bias[head * hd + d] : from[d];
     __syncwarp();
     const float *norm = head < H ? spec.q_norm : head < H + G ? spec.k_norm : nullptr;
     if (norm) {
@@ -72,10 +74,11 @@ heads_append(const struct kernels_row *rows, const int32_t *pages, const __grid_
 }
 
 extern "C" int kernels_heads_append(kernels_stream stream, int rows, const struct kernels_row *row,
-                                    const int32_t *pages, struct kernels_heads spec, struct kernels_kv kv,
-                                    const float *raw, float *q) {
+                                    const int32_t *pages, struct kernels_heads spec,
+                                    struct kernels_kv kv, const float *raw, float *q) {
     if (rows > 0)
-        KERNELS_LAUNCH(heads_append, dim3(blocks_of(spec.heads + 2 * kv.kv_heads, HEADS_WARPS), (unsigned)rows),
+        KERNELS_LAUNCH(heads_append,
+                       dim3(blocks_of(spec.heads + 2 * kv.kv_heads, HEADS_WARPS), (unsigned)rows),
                        dim3(HEADS_THREADS), 0, stream, row, pages, spec, kv, raw, q);
     return (int)cudaGetLastError();
 }

@@ -24,7 +24,8 @@ struct product_split {
 
 /* Four consecutive inputs of an activation row; beyond the part or the rows: zeros. */
 template <bool ALIGNED>
-static __device__ __forceinline__ uint2 load_inputs(const bf16 *row, bool valid, int column, int end) {
+static __device__ __forceinline__ uint2 load_inputs(const bf16 *row, bool valid, int column,
+                                                    int end) {
     if constexpr (ALIGNED) {
         return valid && column < end ? *(const uint2 *)(row + column) : make_uint2(0, 0);
     } else {
@@ -38,11 +39,12 @@ static __device__ __forceinline__ uint2 load_inputs(const bf16 *row, bool valid,
 /* MT row tiles, NT times 8 rows of the step. grid: (row tile groups, groups of 8 NT rows). */
 template <int MT, int NT, bool ALIGNED>
 static __global__ void __launch_bounds__(PRODUCT_THREADS, NT > 4 ? 1 : 2)
-product_mma(const __grid_constant__ struct kernels_matrix m, struct product_split split, int rows, const bf16 *in, float *out,
-            bf16 *act) {
+    product_mma(const __grid_constant__ struct kernels_matrix m, struct product_split split,
+                int rows, const bf16 *in, float *out, bf16 *act) {
     enum { COLUMNS = 8 * NT, HEIGHT = KERNELS_TILE * MT, PITCH = HEIGHT + ROW_PAD };
     KERNELS_SHARED(float, partial); /* [WARPS][COLUMNS][PITCH] */
-    const int lane = (int)threadIdx.x % WARP, warp = (int)threadIdx.x / WARP, g = lane / 4, t = lane % 4;
+    const int lane = (int)threadIdx.x % WARP, warp = (int)threadIdx.x / WARP, g = lane / 4,
+              t = lane % 4;
     const int pieces = 1 << split.piece_log, slots = 1 << (split.part_log + split.piece_log);
     const int part = warp % slots >> split.piece_log, piece = warp % pieces;
     const int groups = WARPS / slots;
@@ -61,14 +63,16 @@ product_mma(const __grid_constant__ struct kernels_matrix m, struct product_spli
     if (present && first_tile < m.row_tiles) {
         const int part_tiles = m.part_tile[part + 1] - m.part_tile[part];
         const int begin = m.part_tile[part] + (int)((int64_t)part_tiles * piece >> split.piece_log);
-        const int end = m.part_tile[part] + (int)((int64_t)part_tiles * (piece + 1) >> split.piece_log);
+        const int end =
+            m.part_tile[part] + (int)((int64_t)part_tiles * (piece + 1) >> split.piece_log);
         const int column_end = m.part_begin[part + 1];
         int column = m.part_begin[part] + (begin - m.part_tile[part]) * KERNELS_TILE + 4 * t;
         const uint4 *weights[MT]; /* a tile past the last: reads the last one, is not stored */
 #pragma unroll
         for (int i = 0; i < MT; i++) {
             const int tile = first_tile + i < m.row_tiles ? first_tile + i : m.row_tiles - 1;
-            weights[i] = (const uint4 *)m.data + ((int64_t)tile * m.col_tiles + begin) * WARP + lane;
+            weights[i] =
+                (const uint4 *)m.data + ((int64_t)tile * m.col_tiles + begin) * WARP + lane;
         }
         const bf16 *inputs = in + (int64_t)(first_row + g) * m.cols;
         const int rows_left = rows - first_row - g;
@@ -83,8 +87,9 @@ product_mma(const __grid_constant__ struct kernels_matrix m, struct product_spli
             for (int u = 0; u < UNROLL; u++) {
 #pragma unroll
                 for (int j = 0; j < NT; j++) {
-                    const uint2 b = load_inputs<ALIGNED>(inputs + (int64_t)j * 8 * m.cols, j * 8 < rows_left,
-                                                         column + u * KERNELS_TILE, column_end);
+                    const uint2 b =
+                        load_inputs<ALIGNED>(inputs + (int64_t)j * 8 * m.cols, j * 8 < rows_left,
+                                             column + u * KERNELS_TILE, column_end);
 #pragma unroll
                     for (int i = 0; i < MT; i++) mma_bf16(acc[i][j], a[u][i], b);
                 }
@@ -102,8 +107,8 @@ product_mma(const __grid_constant__ struct kernels_matrix m, struct product_spli
             }
 #pragma unroll
             for (int j = 0; j < NT; j++) {
-                const uint2 b = load_inputs<ALIGNED>(inputs + (int64_t)j * 8 * m.cols, j * 8 < rows_left,
-                                                     column, column_end);
+                const uint2 b = load_inputs<ALIGNED>(inputs + (int64_t)j * 8 * m.cols,
+                                                     j * 8 < rows_left, column, column_end);
 #pragma unroll
                 for (int i = 0; i < MT; i++) mma_bf16(acc[i][j], a[i], b);
             }
@@ -124,7 +129,8 @@ product_mma(const __grid_constant__ struct kernels_matrix m, struct product_spli
 
     /* outputs of the block: [groups][COLUMNS][HEIGHT], height fastest: neighbours store neighbours */
     for (int i = (int)threadIdx.x; i < groups * COLUMNS * HEIGHT; i += PRODUCT_THREADS) {
-        const int height = i % HEIGHT, column = i / HEIGHT % COLUMNS, group = i / (HEIGHT * COLUMNS);
+        const int height = i % HEIGHT, column = i / HEIGHT % COLUMNS,
+                  group = i / (HEIGHT * COLUMNS);
         const int row = first_row + column;
         const int tile = ((int)blockIdx.x * groups + group) * MT + height / KERNELS_TILE;
         if (row >= rows || tile >= m.row_tiles) continue;
@@ -133,9 +139,9 @@ product_mma(const __grid_constant__ struct kernels_matrix m, struct product_spli
             const int unit = height % KERNELS_TILE;
             const int64_t f = (int64_t)tile * TILE_UNITS + unit;
             if (unit >= TILE_UNITS || f >= m.rows) continue;
-            act[row * m.rows + f] =
-                bf16_from_float(product_swiglu(product_tree(from, COLUMNS * PITCH, slots),
-                                               product_tree(from + TILE_UNITS, COLUMNS * PITCH, slots)));
+            act[row * m.rows + f] = bf16_from_float(
+                product_swiglu(product_tree(from, COLUMNS * PITCH, slots),
+                               product_tree(from + TILE_UNITS, COLUMNS * PITCH, slots)));
         } else {
             const int64_t n = (int64_t)tile * KERNELS_TILE + height % KERNELS_TILE;
             if (n >= m.rows) continue;
@@ -150,19 +156,21 @@ struct product_shape {
 };
 
 template <int MT, int NT, bool ALIGNED>
-static void launch(kernels_stream stream, const struct kernels_matrix *m, struct product_split split,
-                   int rows, const bf16 *in, float *out, bf16 *act) {
+static void launch(kernels_stream stream, const struct kernels_matrix *m,
+                   struct product_split split, int rows, const bf16 *in, float *out, bf16 *act) {
     const int groups = WARPS >> (split.part_log + split.piece_log);
     const dim3 grid(blocks_of(m->row_tiles, groups * MT), blocks_of(rows, 8 * NT));
     const int shared = product_shape<MT, NT>::SHARED;
-    KERNELS_LAUNCH((product_mma<MT, NT, ALIGNED>), grid, dim3(PRODUCT_THREADS), shared, stream, *m, split,
-                   rows, in, out, act);
+    KERNELS_LAUNCH((product_mma<MT, NT, ALIGNED>), grid, dim3(PRODUCT_THREADS), shared, stream, *m,
+                   split, rows, in, out, act);
 }
 
 int product_setup(void) {
     int error = KERNELS_SHARED_LIMIT((product_mma<2, 8, true>), (product_shape<2, 8>::SHARED));
-    if (error == 0) error = KERNELS_SHARED_LIMIT((product_mma<1, 8, true>), (product_shape<1, 8>::SHARED));
-    if (error == 0) error = KERNELS_SHARED_LIMIT((product_mma<1, 8, false>), (product_shape<1, 8>::SHARED));
+    if (error == 0)
+        error = KERNELS_SHARED_LIMIT((product_mma<1, 8, true>), (product_shape<1, 8>::SHARED));
+    if (error == 0)
+        error = KERNELS_SHARED_LIMIT((product_mma<1, 8, false>), (product_shape<1, 8>::SHARED));
     return error;
 }
 
@@ -174,8 +182,9 @@ static struct product_split split_of(enum kernels_mode mode, const struct kernel
     return split;
 }
 
-static int run(kernels_stream stream, enum kernels_mode mode, int rows, const struct kernels_matrix *m,
-               const bf16 *in, float *out, bf16 *act, void *workspace) {
+static int run(kernels_stream stream, enum kernels_mode mode, int rows,
+               const struct kernels_matrix *m, const bf16 *in, float *out, bf16 *act,
+               void *workspace) {
     if (rows <= 0 || m->row_tiles == 0) return 0;
     bool aligned = m->cols % 4 == 0;
     for (int p = 0; p < m->part_count; p++) aligned = aligned && m->part_begin[p] % 4 == 0;

@@ -19,7 +19,7 @@ static __device__ __forceinline__ float product_swiglu(float gate, float up) {
 }
 
 /* gemv.cu. The matrix is dense (tile.cuh) and has columns. */
-int gemv_run(kernels_stream stream, int rows, const struct kernels_matrix *m, const bf16 *in, float *out,
-             bf16 *act, void *workspace);
+int gemv_run(kernels_stream stream, int rows, const struct kernels_matrix *m, const bf16 *in,
+             float *out, bf16 *act, void *workspace);
 
 #endif

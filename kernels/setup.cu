@@ -7,7 +7,8 @@ extern "C" int kernels_setup(void) {
 #ifndef KERNELS_FIBRE
     int device = 0, error = (int)cudaGetDevice(&device);
     if (error == 0)
-        error = (int)cudaDeviceGetAttribute(&kernels_sm_count, cudaDevAttrMultiProcessorCount, device);
+        error =
+            (int)cudaDeviceGetAttribute(&kernels_sm_count, cudaDevAttrMultiProcessorCount, device);
     if (error != 0) return error;
 #endif
     const int error_product = product_setup();

@@ -15,8 +15,9 @@ static __device__ __forceinline__ int tile_offset(int row, int quad) {
 }
 
 /* First of the 4 consecutive inputs [4 quad, +4) of a row, by tile coordinates. */
-static __device__ __forceinline__ int64_t matrix_offset(const struct kernels_matrix *m, int64_t row_tile,
-                                                        int row, int64_t col_tile, int quad) {
+static __device__ __forceinline__ int64_t matrix_offset(const struct kernels_matrix *m,
+                                                        int64_t row_tile, int row, int64_t col_tile,
+                                                        int quad) {
     return (row_tile * m->col_tiles + col_tile) * TILE_ELEMENTS + tile_offset(row, quad);
 }
 
@@ -24,7 +25,8 @@ static __device__ __forceinline__ int64_t matrix_offset(const struct kernels_mat
  * columns of a row can be read at once. */
 static inline bool matrix_is_dense(const struct kernels_matrix *m) {
     for (int p = 0; p <= m->part_count; p++)
-        if (m->part_begin[p] != m->part_tile[p] * KERNELS_TILE && m->part_begin[p] != m->cols) return false;
+        if (m->part_begin[p] != m->part_tile[p] * KERNELS_TILE && m->part_begin[p] != m->cols)
+            return false;
     return m->cols % 4 == 0;
 }
 

@@ -94,7 +94,8 @@ void fibre_main() {
     now->done = true;
     moved = true;
     alive--;
-    if (block_barrier.arrived > 0 && block_barrier.arrived == alive) { /* the others waited for us */
+    if (block_barrier.arrived > 0 &&
+        block_barrier.arrived == alive) { /* the others waited for us */
         block_barrier.arrived = 0;
         block_barrier.generation++;
     }
@@ -123,8 +124,8 @@ void run_block(dim3 block, int threads) {
         f->exchanges = 0;
         f->fake_stack = nullptr;
         f->place = fibre_here;
-        f->place.thread =
-            dim3((unsigned)i % block.x, (unsigned)i / block.x % block.y, (unsigned)i / block.x / block.y);
+        f->place.thread = dim3((unsigned)i % block.x, (unsigned)i / block.x % block.y,
+                               (unsigned)i / block.x / block.y);
         getcontext(&f->context);
         f->context.uc_stack.ss_sp = f->stack.get();
         f->context.uc_stack.ss_size = STACK_BYTES;
@@ -174,7 +175,8 @@ void fibre_run(dim3 grid, dim3 block, size_t shared_bytes, fibre_body *run, void
     for (unsigned z = 0; z < grid.z; z++)
         for (unsigned y = 0; y < grid.y; y++)
             for (unsigned x = 0; x < grid.x; x++) {
-                unsigned char *shared = (unsigned char *)aligned_alloc(16, (shared_bytes + 15) / 16 * 16 + 16);
+                unsigned char *shared =
+                    (unsigned char *)aligned_alloc(16, (shared_bytes + 15) / 16 * 16 + 16);
                 memset(shared, 0xff, shared_bytes);
                 fibre_shared = shared;
                 fibre_here.block = dim3(x, y, z);

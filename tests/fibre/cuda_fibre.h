@@ -35,7 +35,9 @@ struct alignas(8) uint2 {
 struct alignas(16) float4 {
     float x, y, z, w;
 };
-static inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
+static inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) {
+    return {x, y, z, w};
+}
 static inline uint2 make_uint2(uint32_t x, uint32_t y) { return {x, y}; }
 static inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 
@@ -44,7 +46,7 @@ static inline float4 make_float4(float x, float y, float z, float w) { return {x
 struct fibre_place {
     dim3 thread, block, block_size, grid;
 };
-extern fibre_place fibre_here; /* of the fibre that runs now */
+extern fibre_place fibre_here;      /* of the fibre that runs now */
 extern unsigned char *fibre_shared; /* dynamic shared memory of the block */
 
 #define threadIdx (fibre_here.thread)
@@ -52,7 +54,7 @@ extern unsigned char *fibre_shared; /* dynamic shared memory of the block */
 #define blockDim (fibre_here.block_size)
 #define gridDim (fibre_here.grid)
 
-#define __global__ static
+#define __global__
 #define __device__
 #define __host__
 #define __forceinline__ inline
@@ -64,7 +66,8 @@ typedef void fibre_body(void *context);
 void fibre_run(dim3 grid, dim3 block, size_t shared_bytes, fibre_body *body, void *context);
 template <typename Body>
 void fibre_launch(dim3 grid, dim3 block, size_t shared_bytes, Body body) {
-    fibre_run(grid, block, shared_bytes, [](void *context) { (*static_cast<Body *>(context))(); }, &body);
+    fibre_run(
+        grid, block, shared_bytes, [](void *context) { (*static_cast<Body *>(context))(); }, &body);
 }
 
 void __syncthreads();
