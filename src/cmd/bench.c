@@ -40,16 +40,39 @@ void bench_write_summary(struct json_writer *w, const char *key, struct bench_su
     json_end(w, '}');
 }
 
+/* The flags that say what is measured; each bench knows some, and refuses the others. */
+static enum status refuse_idle_flags(const struct params *p, const char *bench, const int *known) {
+    static const struct {
+        enum param_id id;
+        const char *flag;
+    } flags[] = {{PARAM_dims, "--dims"},       {PARAM_layers, "--layers"}, {PARAM_batch, "--batch"},
+                 {PARAM_context, "--context"}, {PARAM_rounds, "--rounds"}, {PARAM_model, "--model"},
+                 {PARAM_seed, "--seed"}};
+    for (size_t i = 0; i < sizeof flags / sizeof *flags; i++) {
+        bool is_known = false;
+        for (const int *k = known; *k != PARAM_NONE; k++) is_known |= *k == (int)flags[i].id;
+        if (!is_known && p->origin[flags[i].id] == PARAM_COMMAND_LINE)
+            return fail(STATUS_USAGE, "%s does nothing in bench %s", flags[i].flag, bench);
+    }
+    return STATUS_OK;
+}
+
 enum status cmd_bench(struct host *h) {
     static const struct {
         const char *name;
         enum status (*run)(struct host *h);
-    } benches[] = {{"step", bench_step},
-                   {"comm", bench_comm},
-                   {"sampler", bench_sampler},
-                   {"tokenizer", bench_tokenizer}};
+        int flags[8];
+    } benches[] = {{"step",
+                    bench_step,
+                    {PARAM_dims, PARAM_layers, PARAM_batch, PARAM_context, PARAM_rounds,
+                     PARAM_model, PARAM_seed, PARAM_NONE}},
+                   {"comm", bench_comm, {PARAM_NONE}},
+                   {"sampler", bench_sampler, {PARAM_rounds, PARAM_NONE}},
+                   {"tokenizer", bench_tokenizer, {PARAM_model, PARAM_NONE}}};
     for (size_t i = 0; h->params.positional && i < sizeof benches / sizeof *benches; i++) {
-        if (strcmp(benches[i].name, h->params.positional) == 0) return benches[i].run(h);
+        if (strcmp(benches[i].name, h->params.positional) != 0) continue;
+        TRY(refuse_idle_flags(&h->params, benches[i].name, benches[i].flags));
+        return benches[i].run(h);
     }
     return fail(STATUS_USAGE, "bench needs one of: step, comm, sampler, tokenizer");
 }

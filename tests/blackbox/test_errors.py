@@ -125,6 +125,7 @@ def test_prompt_too_long():
         (["generate", "--input", "/nonexistent/file"], ["/nonexistent/file"]),
         (["score"], ["--input"]),
         (["bench", "stairs"], ["step"]),
+        (["bench", "comm", "--batch", "4"], ["--batch", "comm"]),
         (["frob"], ["frob", "generate"]),
     ],
 )
