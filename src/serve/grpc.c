@@ -59,20 +59,21 @@ static void drop_call(struct rpc *r, enum call_gone reason) {
     call_cancel(c, reason);
 }
 
+/* As in HTTP streams, what was unsent before this message counts: one may be larger than the limit. */
 bool grpc_send_bytes(struct rpc *r, const struct json_writer *bytes) {
+    const bool streams = r->call && call_streams(r->call);
     if (bytes->failed) {
         drop_call(r, CALL_DISCONNECTED);
         h2_stream_cut(r->stream, H2_INTERNAL, "the server ran out of memory");
         return false;
     }
-    h2_stream_send(r->stream, bytes->bytes, bytes->n);
-    if (!r->call || !call_streams(r->call) ||
-        h2_stream_unsent(r->stream) <= (size_t)r->site->params->stream_buffer) {
-        return true;
+    if (streams && h2_stream_unsent(r->stream) > (size_t)r->site->params->stream_buffer) {
+        drop_call(r, CALL_SLOW_READER);
+        h2_stream_cut(r->stream, H2_RESOURCE_EXHAUSTED, "events were not read in time");
+        return false;
     }
-    drop_call(r, CALL_SLOW_READER);
-    h2_stream_cut(r->stream, H2_RESOURCE_EXHAUSTED, "events were not read in time");
-    return false;
+    h2_stream_send(r->stream, bytes->bytes, bytes->n);
+    return true;
 }
 
 void grpc_reply(struct rpc *r, const void *message) {

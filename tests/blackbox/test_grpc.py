@@ -7,6 +7,7 @@ import concurrent.futures
 import importlib
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -237,6 +238,7 @@ def test_compressed_is_refused(server, stubs):
         assert code_of(lambda: list(stub.Chat(question(stubs, "2 " * 500))))[0] == Code.UNIMPLEMENTED
 
 
+@pytest.mark.skipif(not shutil.which("curl"), reason="curl is not installed")
 def test_other_protocols_on_the_port(server):
     host, port = server.grpc.split(":")
     url = f"http://{server.grpc}/sfumato.v1.Inference/Load"
