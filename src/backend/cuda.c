@@ -129,8 +129,7 @@ static void cuda_copy(backend *b, void *to, const void *from, size_t bytes) {
 
 static int64_t cuda_free_bytes(backend *b) {
     size_t left = 0, all = 0;
-    (void)b;
-    return cudaMemGetInfo(&left, &all) == cudaSuccess ? (int64_t)left : 0;
+    return cudaMemGetInfo(&left, &all) == cudaSuccess ? (int64_t)left / cuda_of(b)->sharing : 0;
 }
 
 static void cuda_tree_sum(backend *b, const float *gathered, int ranks, size_t count, float *sum) {
@@ -300,6 +299,8 @@ static enum status open_device(struct cuda *cuda, const struct backend_config *c
     TRY(cuda_probe(config->local_rank));
     cudaGetDeviceCount(&count);
     cuda->device = config->local_rank % count;
+    cuda->sharing = (config->local_ranks + count - 1) / count;
+    if (cuda->sharing < 1) cuda->sharing = 1;
     if (config->local_ranks > count && config->local_rank == 0) {
         log_warn("%d ranks share %d GPU%s of this host", config->local_ranks, count,
                  count == 1 ? "" : "s");

@@ -50,7 +50,7 @@ struct matrix {
 struct cuda {
     struct backend base;
     cudaStream_t stream;
-    int device;
+    int device, sharing; /* ranks of this host that use the same GPU */
     enum kernels_mode mode;
     int rows_max, logit_rows_max, probes_max;
     struct cuda_memory *memory; /* every piece given out by alloc */

@@ -59,6 +59,12 @@ struct row {
 #define SERVE PARAMS_SERVE
 #define ENGINE PARAMS_ENGINE
 #define ALL PARAMS_ALL
+#define SELFTEST PARAMS_SELFTEST
+#ifdef SFUMATO_WITH_CUDA
+#define CUDA ""
+#else
+#define CUDA "!"
+#endif
 static const struct row rows[PARAM_COUNT] = {
 #define X(kind, name, letter, flag, preset, range, commands, group, argument, field, help) \
     {KIND_##kind,   offsetof(struct params, name),                                         \

@@ -25,7 +25,8 @@ enum params_command {
     PARAMS_BENCH = 16,
     PARAMS_SERVE = 32,
     PARAMS_ENGINE = PARAMS_GENERATE | PARAMS_SCORE | PARAMS_BENCH | PARAMS_SERVE,
-    PARAMS_ALL = 63,
+    PARAMS_ALL = 63,      /* that work on a model */
+    PARAMS_SELFTEST = 64, /* works on the machine */
 };
 
 enum param_id {

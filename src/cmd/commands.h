@@ -9,6 +9,7 @@ enum status cmd_score(struct host *h);    /* score.c */
 enum status cmd_tokenize(struct host *h); /* tokenize.c */
 enum status cmd_inspect(struct host *h);  /* inspect.c */
 enum status cmd_bench(struct host *h);    /* bench.c */
+enum status cmd_selftest(struct host *h); /* selftest.c */
 enum status cmd_serve(struct host *h);    /* serve.c */
 void cmd_serve_before(void);
 

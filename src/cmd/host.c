@@ -130,10 +130,14 @@ enum status host_open_text(struct host *h) {
 
 /* ---- the loaded model ---- */
 
+/* Words of --backend, in the order of params.def. */
+enum { BACKEND_IS_AUTO, BACKEND_IS_CPU, BACKEND_IS_SCALAR, BACKEND_IS_CUDA };
+
 void host_plan_model(struct host *h) {
     const struct params *p = &h->params;
     const struct model_config *c = &h->source->config;
-    const bool f32 = p->dtype == 0 ? c->file_dtype == DTYPE_F32 : p->dtype == 1;
+    const bool f32_file = c->file_dtype == DTYPE_F32 && p->backend != BACKEND_IS_CUDA;
+    const bool f32 = p->dtype == 0 ? f32_file : p->dtype == 1;
     h->engine_options = (struct engine_options){
         .max_seqs = (int)p->max_num_seqs,
         .max_batched_tokens =
@@ -163,19 +167,36 @@ static enum status check_options(struct host *h) {
                     "--max-model-len %lld: the model was made for at most %d positions",
                     (long long)h->params.max_model_len, c->max_positions);
     }
-    if (h->params.backend == 2 && h->params.isa > 1) {
+    if (h->params.backend == BACKEND_IS_SCALAR && h->params.isa > 1) {
         return fail(STATUS_USAGE, "--backend cpu-scalar contradicts --isa %s",
                     param_word(&h->params, PARAM_isa));
+    }
+    if (h->params.backend == BACKEND_IS_CUDA &&
+        (h->params.isa > 0 || h->params.numerics > 0 || h->params.threads > 0)) {
+        return fail(STATUS_USAGE,
+                    "--isa, --numerics and --threads are for the CPU: leave them out with "
+                    "--backend cuda");
     }
     config_shard_dims(c, &dims);
     return shard_check(&dims, h->model_options.slabs, h->ranks);
 }
 
-static enum status open_backend(struct host *h) {
+static void warn_of_threads(const struct host *h) {
+    const int wanted = (int)h->params.threads * comm_local_size(h->comm);
+    cpu_set_t allowed;
+    if (wanted == 0 || sched_getaffinity(0, sizeof allowed, &allowed) != 0) return;
+    if (CPU_COUNT(&allowed) >= wanted) return;
+    log_warn(
+        "%d threads in all on %d allowed cores: lower --threads, or pass --bind-to none to "
+        "mpirun",
+        wanted, CPU_COUNT(&allowed));
+}
+
+void host_plan_backend(struct host *h) {
     const struct params *p = &h->params;
     struct backend_config *config = &h->backend_config;
     *config = (struct backend_config){
-        .isa = p->backend == 2 ? ISA_SCALAR : (enum backend_isa)p->isa,
+        .isa = p->backend == BACKEND_IS_SCALAR ? ISA_SCALAR : (enum backend_isa)p->isa,
         .numerics = p->numerics == 1 ? NUMERICS_FMA : NUMERICS_AUTO,
         .threads = (int)p->threads,
         .local_rank = comm_local_rank(h->comm),
@@ -183,19 +204,29 @@ static enum status open_backend(struct host *h) {
         .rows_max = h->model_options.rows_max,
         .logit_rows_max = h->model_options.logit_rows_max,
         .probes_max = engine_probes_max(&h->engine_options),
+        .deterministic = p->deterministic,
     };
     config->numerics = (enum backend_numerics)comm_agree_min(h->comm, (int)cpu_numerics(config));
-    cpu_set_t allowed;
-    if (p->threads > 0 && sched_getaffinity(0, sizeof allowed, &allowed) == 0) {
-        const int wanted = (int)p->threads * comm_local_size(h->comm), cores = CPU_COUNT(&allowed);
-        if (cores < wanted) {
-            log_warn(
-                "%d threads in all on %d allowed cores: lower --threads, or pass --bind-to none to "
-                "mpirun",
-                wanted, cores);
-        }
+}
+
+enum status host_new_backend(const struct host *h, backend **out) {
+#ifdef SFUMATO_WITH_CUDA
+    if (h->params.backend == BACKEND_IS_CUDA) return cuda_open(&h->backend_config, out);
+#endif
+    return cpu_open(&h->backend_config, out);
+}
+
+static enum status open_backend(struct host *h) {
+#ifdef SFUMATO_WITH_CUDA
+    if (h->params.backend == BACKEND_IS_AUTO) {
+        log_info(cuda_probe(comm_local_rank(h->comm)) == STATUS_OK
+                     ? "there is a GPU; --backend auto computes on the CPU, --backend cuda on it"
+                     : "no GPU can be used here: computing on the CPU");
     }
-    return cpu_open(config, &h->backend);
+#endif
+    host_plan_backend(h);
+    warn_of_threads(h);
+    return host_new_backend(h, &h->backend);
 }
 
 /* FNV-1a of the fields a rank must share, as text: struct padding must not count. */
@@ -265,6 +296,8 @@ static enum status setup_comm(struct host *h) {
         .kind = kinds[h->params.comm],
         .slot_floats = (size_t)h->model_options.rows_max * (size_t)h->source->config.hidden,
         .timeout_seconds = h->params.collective_timeout,
+        .device = h->backend->ops->free_bytes ? h->backend : NULL,
+        .tree_sums = h->params.deterministic,
     };
     engine_comm_needs(&h->engine_options, &config.bcast_bytes_max, &config.gather_bytes_max,
                       model_vocab_local_max(h->model));
@@ -336,7 +369,6 @@ enum status host_open_model(struct host *h) {
 int host_leave(struct host *h, enum status status) {
     struct fault fault = *fail_last();
     if (h->model) model_close(h->model);
-    if (h->backend) h->backend->ops->close(h->backend);
     chat_close(h->chat);
     tokenizer_close(h->tokenizer);
     source_close(h->source);
@@ -345,6 +377,7 @@ int host_leave(struct host *h, enum status status) {
         log_failure(fault.status == status ? fault.text : status_name(status));
     }
     comm_close(h->comm);
+    if (h->backend) h->backend->ops->close(h->backend); /* its memory may be the comm's slots */
     params_fini(&h->params);
     return status == STATUS_END ? 0 : status == STATUS_REQUEST ? STATUS_USAGE : (int)status;
 }

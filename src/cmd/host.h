@@ -74,6 +74,10 @@ int host_leave(struct host *h, enum status status);
 enum status host_phase(struct host *h, enum status mine, const char *what, const char *detail);
 /* Options that go into model_need, without opening anything: also for `inspect`. */
 void host_plan_model(struct host *h);
+/* backend_config from the options, rows_max and the like. Collective: one numeric class for all. */
+void host_plan_backend(struct host *h);
+/* A backend of the chosen kind, planned so. Not collective. */
+enum status host_new_backend(const struct host *h, backend **out);
 
 /* host_text.c */
 enum status host_open_tokenizer(struct host *h);

@@ -17,6 +17,9 @@
 #include "kv/pages.h"
 
 #define KV_SHARE 0.5
+/* A GPU serves nothing else: nearly all of it, after what kernels and the driver need. */
+#define KV_SHARE_DEVICE 0.95
+enum { DEVICE_RESERVE_BYTES = 1 << 30 };
 
 static int64_t read_number(const char *path, const char *after) {
     char line[256];
@@ -69,13 +72,16 @@ static enum status no_room(int64_t needed, int64_t available, int64_t tokens) {
 static enum status own_pages(struct host *h, int64_t *pages, int64_t *available) {
     const int local = comm_local_size(h->comm);
     TRY(model_need(&h->source->config, &h->model_options, h->ranks, h->rank, &h->need));
-    *available = host_free_bytes() / local;
-    const int64_t fixed = h->need.weight_bytes + h->need.scratch_bytes;
+    const struct backend_ops *ops = h->backend->ops;
+    *available = ops->free_bytes ? ops->free_bytes(h->backend) : host_free_bytes() / local;
+    const double share = ops->free_bytes ? KV_SHARE_DEVICE : KV_SHARE;
+    const int64_t reserve = ops->free_bytes ? DEVICE_RESERVE_BYTES : 0;
+    const int64_t fixed = h->need.weight_bytes + h->need.scratch_bytes + reserve;
     const int64_t page = h->need.kv_bytes_per_page > 0 ? h->need.kv_bytes_per_page : 1;
     if (fixed + page > *available) return no_room(fixed + page, *available, 0);
     const int64_t left = *available - fixed;
     *pages = h->params.kv_memory > 0 ? h->params.kv_memory / page
-                                     : (int64_t)(KV_SHARE * (double)left) / page;
+                                     : (int64_t)(share * (double)left) / page;
     if (h->params.kv_memory > left)
         return no_room(fixed + h->params.kv_memory, *available, left / page * 64);
     return STATUS_OK;
