@@ -255,6 +255,7 @@ static __global__ void __launch_bounds__(ATTENTION_THREADS)
             else
                 output_join<PAIRS>(split_o, page_o, stats.c, stats.c_b, quad);
         }
+        __syncthreads(); /* the factors of the last page's join have been read */
         if (tid < HEADS) {
             if (s == split_begin) {
                 stats.row_m[tid] = stats.split_m[tid];

@@ -114,24 +114,26 @@ void wait(barrier *b, int expected) {
     moved = true;
 }
 
+void fibre_prepare(fibre *f, int i, dim3 block) {
+    f->done = false;
+    f->exchanges = 0;
+    f->fake_stack = nullptr;
+    f->place = fibre_here;
+    f->place.thread = dim3((unsigned)i % block.x, (unsigned)i / block.x % block.y,
+                           (unsigned)i / block.x / block.y);
+    getcontext(&f->context);
+    f->context.uc_stack.ss_sp = f->stack.get();
+    f->context.uc_stack.ss_size = STACK_BYTES;
+    f->context.uc_link = nullptr;
+    makecontext(&f->context, fibre_main, 0);
+}
+
 void run_block(dim3 block, int threads) {
     alive = threads;
     block_barrier = barrier();
     for (warp &w : warps) w.meet = barrier();
-    for (int i = 0; i < threads; i++) {
-        fibre *f = fibres[(size_t)i].get();
-        f->done = false;
-        f->exchanges = 0;
-        f->fake_stack = nullptr;
-        f->place = fibre_here;
-        f->place.thread = dim3((unsigned)i % block.x, (unsigned)i / block.x % block.y,
-                               (unsigned)i / block.x / block.y);
-        getcontext(&f->context);
-        f->context.uc_stack.ss_sp = f->stack.get();
-        f->context.uc_stack.ss_size = STACK_BYTES;
-        f->context.uc_link = nullptr;
-        makecontext(&f->context, fibre_main, 0);
-    }
+    for (int i = 0; i < threads; i++) fibre_prepare(fibres[(size_t)i].get(), i, block);
+
     while (alive > 0) {
         moved = false;
         for (int i = 0; i < threads; i++)
