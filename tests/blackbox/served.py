@@ -18,7 +18,7 @@ READY = re.compile(r"serving .* at .*http://[^ ]*:(\d+)")
 class Server:
     """ranks = 0: without mpirun. wrapper: a command put before everything (launch/sfumato-run)."""
 
-    def __init__(self, *args, ranks=2, env=None, wrapper=None, wait=True, model=TINY):
+    def __init__(self, *args, ranks=int(os.environ.get("SFUMATO_SERVE_RANKS", "2")), env=None, wrapper=None, wait=True, model=TINY):
         launcher = [*wrapper] if wrapper else ["mpirun", "-n", str(ranks), str(BINARY)] if ranks else [str(BINARY)]
         command = [*launcher, "serve", "--model", str(model), "--port", "0", *map(str, args)]
         environment = {**os.environ, **MPI, **(env or {})}
