@@ -122,13 +122,15 @@ static int client_frame(nghttp2_session *session, const nghttp2_frame *frame, vo
     return 0;
 }
 
+static double idle_seconds = 60;
+
 static void set_up(void) {
     const struct h2_options options = {.base = base ? base : (base = event_base_new()),
                                        .host = "127.0.0.1",
                                        .connections_max = 4,
                                        .streams_max = STREAMS,
                                        .message_bytes_max = MESSAGE_MAX,
-                                       .idle_seconds = 60};
+                                       .idle_seconds = idle_seconds};
     const struct h2_handler handler = {on_opened, on_received, on_closed};
     int fds[2];
     nghttp2_session_callbacks *callbacks;
@@ -387,6 +389,49 @@ static void test_drain(void) {
     tear_down();
 }
 
+/* A request that is on its way when the drain begins is served. */
+static void test_drain_race(void) {
+    const nghttp2_nv head[] = {FIELD(":method", "POST"), FIELD(":scheme", "http"),
+                               FIELD(":path", "/a.B/C"), FIELD(":authority", "localhost"),
+                               FIELD("content-type", "application/grpc")};
+    const nghttp2_data_provider provider = {.read_callback = read_body};
+    const uint8_t *out;
+    ssize_t n;
+    set_up();
+    exchange();
+    source = (struct body_source){hello, sizeof hello, 0, 100, false};
+    nghttp2_submit_request(client.session, NULL, head, 5, &provider, NULL);
+    while ((n = nghttp2_session_mem_send(client.session, &out)) > 0) {
+        CHECK_EQ(send(client.fd, out, (size_t)n, MSG_NOSIGNAL), n);
+    }
+    h2_drain(server);
+    exchange();
+    CHECK_STR(client.answers[0].grpc_status, "0");
+    CHECK_EQ(client.goaways, 1); /* without streams nghttp2's client does not look at the second */
+    CU_ASSERT(client.gone);
+    tear_down();
+}
+
+/* Connections without streams, and requests that do not arrive, end after idle_seconds. */
+static void test_idle(void) {
+    idle_seconds = 0.01;
+    set_up();
+    source.hold = true;
+    const struct answer *a = request(hello, 7, 7);
+    CHECK_STR(a->grpc_status, "");
+    for (int ms = 0; ms < 6000 && !client.gone; ms += 20) {
+        usleep(20000);
+        exchange();
+    }
+    CHECK_STR(a->grpc_status, "4");
+    CHECK_EQ(handled.received, 0);
+    CHECK_EQ(client.goaway_error, NGHTTP2_NO_ERROR);
+    CU_ASSERT(client.gone);
+    source.hold = false;
+    idle_seconds = 60;
+    tear_down();
+}
+
 static void test_ping_flood(void) {
     set_up();
     for (int i = 0; i < 50; i++) nghttp2_submit_ping(client.session, 0, NULL);
@@ -423,6 +468,8 @@ const struct suite_case suite_cases[] = {
     {"the peer's window is kept, a slow reader is cut off", test_flow_control},
     {"an upload goes on after its refusal", test_upload_after_refusal},
     {"drain: two goodbyes, running streams complete", test_drain},
+    {"drain: a request on its way is served", test_drain_race},
+    {"idle connections and requests that do not arrive", test_idle},
     {"too many pings", test_ping_flood},
     {"another protocol on the port", test_not_http2},
     {NULL, NULL},

@@ -277,6 +277,7 @@ static bool is_grpc(const char *content_type) {
 /* All request headers are here. */
 static void start_stream(h2_stream *s) {
     const h2 *h = s->connection->owner;
+    if (s->ended) return; /* its headers took too long */
     if (!s->headers[H2_METHOD] || strcmp(s->headers[H2_METHOD], "POST") != 0) {
         answer_http(s, "405");
         return;
@@ -457,10 +458,13 @@ static int on_data(nghttp2_session *session, uint8_t flags, int32_t id, const ui
 }
 
 static int on_sent(nghttp2_session *session, const nghttp2_frame *frame, void *user) {
-    (void)user;
-    if (frame->hd.type != NGHTTP2_HEADERS || !(frame->hd.flags & NGHTTP2_FLAG_END_STREAM)) return 0;
+    struct connection *c = user;
     h2_stream *s = nghttp2_session_get_stream_user_data(session, frame->hd.stream_id);
-    if (s) s->answer_complete = true;
+    const bool end = frame->hd.flags & NGHTTP2_FLAG_END_STREAM;
+    if (frame->hd.type == NGHTTP2_HEADERS && end && s) s->answer_complete = true;
+    if (frame->hd.type == NGHTTP2_GOAWAY && c->draining_since > 0 && !c->said_goaway) {
+        nghttp2_submit_ping(session, NGHTTP2_FLAG_NONE, NULL); /* earlier it would overtake */
+    }
     return 0;
 }
 
@@ -596,7 +600,6 @@ static void drain_connection(struct connection *c) {
     if (c->draining_since > 0) return;
     c->draining_since = now_seconds();
     nghttp2_submit_shutdown_notice(c->session);
-    nghttp2_submit_ping(c->session, NGHTTP2_FLAG_NONE, NULL);
     touch(c);
 }
 
