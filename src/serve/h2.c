@@ -1,4 +1,5 @@
-/* h2.c: see h2.h. Options and life, connections, what nghttp2 calls, streams; in this order.
+/* h2.c: see h2.h. In this order: streams and their answers, their requests, what nghttp2 calls,
+ * connections, life.
  *
  * nghttp2 may not be told to send from inside its own callbacks, and a connection may not be freed
  * there. So whatever happens marks the connection dirty (touch), and one event of the same turn of
@@ -335,15 +336,18 @@ static void read_data(h2_stream *s, const uint8_t *bytes, size_t n) {
 
 /* The peer has sent all it wants to send. */
 static void finish_request(h2_stream *s) {
-    const h2 *h = s->connection->owner;
+    h2 *h = s->connection->owner;
     s->remote_closed = true;
     if (s->ended || !s->headers_done) return;
     if (!wire_in_complete(&s->in)) {
         h2_stream_end(s, H2_INVALID_ARGUMENT, "the request ended before its message did");
         return;
     }
-    h->handler.received(h->user, s, s->in.bytes, s->in.n);
-    drop_upload(s); /* the stream lives until nghttp2 closes it */
+    struct wire_in in = s->in; /* the handler may end the stream while it reads */
+    h->upload_bytes -= in.capacity;
+    s->in = (struct wire_in){0};
+    h->handler.received(h->user, s, in.bytes, in.n);
+    wire_in_fini(&in);
 }
 
 /* ---- what nghttp2 calls ---- */
