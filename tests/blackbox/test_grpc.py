@@ -6,6 +6,7 @@ request of the same fields and seed, ids and bytes.
 import concurrent.futures
 import importlib
 import os
+import random
 import re
 import shutil
 import signal
@@ -281,11 +282,21 @@ def endless(stubs, **fields):
 
 
 def test_cancel_frees_the_sequence(server, stubs, inference):
-    calls = [inference.Chat(endless(stubs, seed=i, n=2)) for i in range(6)]
-    for steps, call in enumerate(calls):
-        for _ in range(steps):  # 0: in the queue or the prompt
+    """R9 over RST_STREAM: in the queue, the prompt, thinking and the answer; streams and whole replies."""
+    pick = random.Random(9)
+
+    def run(seed):
+        stream = pick.random() < 0.7
+        request = endless(stubs, seed=seed, n=pick.randint(1, 4))
+        request.stream = stream
+        call = inference.Chat(request)
+        for _ in range(pick.choice((0, 1, 5, 200)) if stream else 0):
             next(call)
+        time.sleep(pick.random() * 0.02)
         call.cancel()
+
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        list(pool.map(run, range(100)))
     assert idle(server)
 
 
