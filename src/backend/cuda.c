@@ -237,15 +237,17 @@ static double cuda_read_sweep(backend *b, int64_t kv_tokens, int64_t *bytes) {
 }
 
 static double cuda_peak_flops(backend *b, double seconds) {
-    enum { ROUNDS = 20000 };
+    enum { ROUNDS_MAX = 1 << 16 };
     struct cuda *cuda = cuda_of(b);
     double flops = 0.0, now;
     const double start = seconds_now();
+    int64_t rounds = 1; /* longer and longer launches: the last ones count */
     do {
         double part = 0.0;
-        cuda_must(kernels_peak(cuda->stream, ROUNDS, (float *)cuda->sink, &part), "peak rate");
+        cuda_must(kernels_peak(cuda->stream, rounds, (float *)cuda->sink, &part), "peak rate");
         cuda_wait(cuda);
         flops += part;
+        if (rounds < ROUNDS_MAX) rounds *= 2;
         now = seconds_now();
     } while (now < start + seconds);
     return flops / (now - start);
@@ -328,6 +330,9 @@ static enum status open_device(struct cuda *cuda, const struct backend_config *c
                     cuda->device, facts.name, facts.major, facts.minor,
                     kernels_error_text(refused));
     }
+    static bool told; /* selftest opens many */
+    if (told) return STATUS_OK;
+    told = true;
     log_info("GPU %d: %s, compute capability %d.%d, %d multiprocessors, %.1f GB", cuda->device,
              facts.name, facts.major, facts.minor, facts.multiProcessorCount,
              1e-9 * (double)facts.totalGlobalMem);

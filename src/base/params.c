@@ -65,6 +65,11 @@ struct row {
 #else
 #define CUDA "!"
 #endif
+#ifdef SFUMATO_WITH_NCCL
+#define NCCL ""
+#else
+#define NCCL "!"
+#endif
 static const struct row rows[PARAM_COUNT] = {
 #define X(kind, name, letter, flag, preset, range, commands, group, argument, field, help) \
     {KIND_##kind,   offsetof(struct params, name),                                         \

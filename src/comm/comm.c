@@ -140,7 +140,7 @@ void comm_share(comm *c, void *bytes, size_t n) { c->job->share(c, 0, bytes, n);
 
 /* Which way device memory is summed. auto: through the host, until NCCL has been measured (README). */
 static enum status setup_device(comm *c) {
-#ifdef SFUMATO_WITH_CUDA
+#ifdef SFUMATO_WITH_NCCL
     if (c->config.kind == COMM_NCCL) return comm_nccl_setup(c);
 #endif
     return comm_device_setup(c);

@@ -1,0 +1,78 @@
+"""--backend cuda and --comm nccl without a GPU.
+
+The product's own program must start without a driver and say what is missing. The emulated program (tests/
+emulated.cmake) has the same sources over a stub runtime, kernels on fibres and a stub NCCL that injects errors.
+"""
+import os
+import pathlib
+import subprocess
+
+import pytest
+from conftest import BUILD, MPI, launch
+
+EMULATED = pathlib.Path(BUILD) / "tests" / "sfumato_emulated"
+STUB = pathlib.Path(BUILD) / "tests" / "stub"
+needs_emulation = pytest.mark.skipif(not EMULATED.exists(), reason="tests/sfumato_emulated is not built (no g++)")
+
+
+def emulated(*args, ranks=0, env=None, timeout=100):
+    command = ["mpirun", "-n", str(ranks)] if ranks else []
+    command += [str(EMULATED), *args]
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("SFUMATO_")}
+    environment |= {**MPI, "LD_LIBRARY_PATH": str(STUB), **(env or {})}
+    done = subprocess.run(command, capture_output=True, env=environment, timeout=timeout)
+    messages = [line for line in done.stderr.decode(errors="replace").splitlines() if line.startswith("sfumato: ")]
+    return done.returncode, messages, done.stdout.decode()
+
+
+def test_a_machine_without_a_gpu_is_told_so():
+    if pathlib.Path("/dev/nvidia0").exists():
+        pytest.skip("there is a GPU here")
+    result = launch("generate", "-p", "2+3", "--quiet", "--backend", "cuda")
+    assert result.status == 2
+    assert len(result.messages) == 1, result.messages
+    assert "cuda" in result.messages[0] and "cpu" in result.messages[0]
+
+
+def test_auto_computes_on_the_cpu():
+    result = launch("generate", "-p", "2+3", "--backend", "auto", "--max-tokens", "2")
+    assert result.status == 0, result.err
+    gpu = [line for line in result.messages if "GPU" in line]
+    assert len(gpu) <= 1, gpu  # none from a program built without CUDA
+
+
+@needs_emulation
+def test_no_device():
+    status, messages, _ = emulated("selftest", "--backend", "cuda", "--quiet", env={"CUDA_STUB": "none"})
+    assert status == 2 and len(messages) == 1 and "no GPU can be used here" in messages[0], messages
+
+
+@needs_emulation
+def test_a_cpu_option_is_not_ignored():
+    status, messages, _ = emulated("generate", "-p", "x", "--backend", "cuda", "--isa", "avx2", "--quiet",
+                                   "--model", str(pathlib.Path(os.environ["SFUMATO_SOURCE_DIR"]) / "models/tiny"))
+    assert status == 2 and "--isa" in messages[-1], messages
+
+
+@needs_emulation
+def test_nccl_needs_the_cuda_backend():
+    status, messages, _ = emulated("selftest", "--comm", "nccl", "--quiet")
+    assert status == 2 and "--comm nccl needs the CUDA backend" in messages[-1], messages
+
+
+@needs_emulation
+def test_no_library():
+    status, messages, _ = emulated("selftest", "--backend", "cuda", "--comm", "nccl", "--quiet",
+                                   env={"LD_LIBRARY_PATH": "/nowhere", "LD_PRELOAD": ""})
+    if status != 2:
+        pytest.skip("a real libnccl.so.2 is on the default path")
+    assert "libnccl.so.2 cannot be loaded" in messages[-1], messages
+
+
+@needs_emulation
+@pytest.mark.parametrize("fault, word", [("no-id", "NCCL cannot start"), ("init:1", "rank 1: NCCL cannot connect")])
+def test_nccl_cannot_start(fault, word):
+    status, messages, _ = emulated("selftest", "--backend", "cuda", "--comm", "nccl", "--quiet", ranks=2,
+                                   env={"NCCL_STUB": fault})
+    assert status == 5, (status, messages)
+    assert sum(word in line for line in messages) == 1, messages

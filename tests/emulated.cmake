@@ -1,0 +1,19 @@
+# sfumato_emulated: the whole program with --backend cuda and --comm nccl on a machine without a GPU. The
+# kernels run on the fibre emulation, the CUDA runtime and NCCL are stubs (stub/); everything between,
+# cuda.c, cuda_step.c, comm_device.c, comm_nccl.c and the engine on them, is the product's own source.
+if(NOT TARGET sf_kernels_fibre OR NOT TARGET sf_cmd)
+  return()
+endif()
+set(own ${CMAKE_SOURCE_DIR}/src)
+add_executable(sfumato_emulated ${own}/main.c ${own}/cmd/host.c ${own}/base/params.c ${own}/comm/comm.c
+               ${own}/comm/comm_nccl.c ${own}/backend/cuda.c ${own}/backend/cuda_step.c stub/cuda_stub.c)
+target_compile_definitions(sfumato_emulated PRIVATE _GNU_SOURCE SFUMATO_WITH_CUDA SFUMATO_WITH_NCCL)
+target_include_directories(sfumato_emulated BEFORE PRIVATE stub)
+# the archives' own copies of these files are not pulled in: their names are here already
+target_link_libraries(sfumato_emulated PRIVATE sf_kernels_fibre sf_cmd ${CMAKE_DL_LIBS})
+set_target_properties(sfumato_emulated PROPERTIES LINKER_LANGUAGE CXX)
+
+add_library(nccl_stub SHARED stub/nccl_stub.c)
+target_compile_definitions(nccl_stub PRIVATE _GNU_SOURCE)
+set_target_properties(nccl_stub PROPERTIES OUTPUT_NAME nccl SOVERSION 2 C_VISIBILITY_PRESET default
+                      LIBRARY_OUTPUT_DIRECTORY ${CMAKE_CURRENT_BINARY_DIR}/stub)

@@ -1,0 +1,187 @@
+/* nccl_stub.c: a libnccl.so.2 for the emulated program: real sums over processes, injected errors, and
+ * a watch over the order of calls.
+ *
+ *   id (a file's name) ─► every rank maps the file: arrivals | [R][slot of 2 MiB]
+ *
+ * A collective copies the rank's numbers into its slot, waits for all, reads, waits again. Made without
+ * blocking, as comm_nccl.c asks: init, finalize and the first collective answer ncclInProgress until they
+ * have been asked twice. Wrong order (work before the communicator is ready, after an abort, destroy
+ * without finalize) ends the process by abort().
+ *
+ * NCCL_STUB, "WHAT:RANK": no-id | init | hang-init (never ready) | call:RANK (a collective is refused) |
+ * async:RANK (the second collective fails later, on that rank) | hang (no answer to the second one)
+ */
+#include <fcntl.h>
+#include <stdatomic.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include "nccl.h"
+
+enum { SLOT_BYTES = 2 << 20, HEAD_BYTES = 4096, ASKED = 2 };
+
+struct ncclComm {
+    int ranks, rank, collectives;
+    int left; /* times still in progress */
+    ncclResult_t later;
+    int ready, finalized, aborted;
+    char *shared;
+    char path[128];
+};
+
+static int injected(const char *what, int rank) {
+    const char *text = getenv("NCCL_STUB");
+    const size_t n = strlen(what);
+    if (!text || strncmp(text, what, n) != 0) return 0;
+    return text[n] == '\0' || (text[n] == ':' && atoi(text + n + 1) == rank);
+}
+
+static void expect(int holds, const char *what) {
+    if (holds) return;
+    fprintf(stderr, "nccl_stub: wrong order: %s\n", what);
+    abort();
+}
+
+ncclResult_t ncclGetVersion(int *version) {
+    *version = 22809;
+    return ncclSuccess;
+}
+
+ncclResult_t ncclGetUniqueId(ncclUniqueId *id) {
+    if (injected("no-id", 0)) return ncclSystemError;
+    snprintf(id->internal, sizeof id->internal, "/dev/shm/nccl_stub_XXXXXX");
+    const int file = mkstemp(id->internal);
+    if (file < 0) return ncclSystemError;
+    close(file);
+    return ncclSuccess;
+}
+
+ncclResult_t ncclCommInitRankConfig(ncclComm_t *comm, int ranks, ncclUniqueId id, int rank,
+                                    ncclConfig_t *config) {
+    const size_t bytes = HEAD_BYTES + (size_t)ranks * SLOT_BYTES;
+    *comm = NULL;
+    expect(config && config->blocking == 0, "the communicator must be made without blocking");
+    if (injected("init", rank)) return ncclSystemError;
+    ncclComm_t c = calloc(1, sizeof *c);
+    const int file = open(id.internal, O_RDWR);
+    if (!c || file < 0 || ftruncate(file, (off_t)bytes) != 0) return ncclSystemError;
+    c->shared = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, file, 0);
+    close(file);
+    memcpy(c->path, id.internal, sizeof c->path);
+    c->ranks = ranks;
+    c->rank = rank;
+    c->left = ASKED;
+    *comm = c;
+    return ncclInProgress;
+}
+
+ncclResult_t ncclCommGetAsyncError(ncclComm_t c, ncclResult_t *error) {
+    expect(c && !c->aborted, "asked after the end");
+    *error = c->later;
+    if (c->left > 0) {
+        if (!injected("hang-init", c->rank) || c->ready) c->left--;
+        *error = ncclInProgress;
+    } else {
+        c->ready = 1;
+    }
+    return ncclSuccess;
+}
+
+/* All ranks come here `number` times. */
+static void meet(ncclComm_t c, unsigned number) {
+    _Atomic unsigned *arrivals = (_Atomic unsigned *)c->shared;
+    atomic_fetch_add(arrivals, 1);
+    while (atomic_load(arrivals) < number * (unsigned)c->ranks) usleep(20);
+}
+
+static ncclResult_t exchange(ncclComm_t c, const void *from, size_t count) {
+    expect(c && c->ready && c->left == 0 && !c->finalized && !c->aborted, "a collective");
+    if (injected("call", c->rank)) return ncclInvalidUsage;
+    c->collectives++;
+    if (c->collectives == 2 && injected("async", c->rank)) {
+        c->later = ncclRemoteError;
+        c->left = 1;
+        return ncclInProgress;
+    }
+    if (c->collectives == 2 && injected("hang", c->rank)) {
+        c->left = 1 << 30;
+        return ncclInProgress;
+    }
+    expect(count * sizeof(float) <= SLOT_BYTES, "too large for the stub");
+    memcpy(c->shared + HEAD_BYTES + (size_t)c->rank * SLOT_BYTES, from, count * sizeof(float));
+    meet(c, 2 * (unsigned)c->collectives - 1);
+    return ncclSuccess;
+}
+
+static ncclResult_t end(ncclComm_t c) {
+    meet(c, 2 * (unsigned)c->collectives);
+    if (c->collectives > 1) return ncclSuccess;
+    c->left = 1; /* the first connects */
+    return ncclInProgress;
+}
+
+ncclResult_t ncclAllReduce(const void *from, void *to, size_t count, ncclDataType_t type,
+                           ncclRedOp_t op, ncclComm_t c, void *stream) {
+    expect(type == ncclFloat32 && op == ncclSum && stream, "arguments of an all-reduce");
+    const ncclResult_t result = exchange(c, from, count);
+    if (result != ncclSuccess) return result;
+    for (size_t i = 0; i < count; i++) { /* from the last rank down: not the tree's order */
+        float sum = -0.0f;
+        for (int r = c->ranks - 1; r >= 0; r--) {
+            float x;
+            memcpy(&x, c->shared + HEAD_BYTES + (size_t)r * SLOT_BYTES + i * sizeof x, sizeof x);
+            sum += x;
+        }
+        ((float *)to)[i] = sum;
+    }
+    return end(c);
+}
+
+ncclResult_t ncclAllGather(const void *from, void *to, size_t count, ncclDataType_t type,
+                           ncclComm_t c, void *stream) {
+    expect(type == ncclFloat32 && stream, "arguments of an all-gather");
+    const ncclResult_t result = exchange(c, from, count);
+    if (result != ncclSuccess) return result;
+    for (int r = 0; r < c->ranks; r++) {
+        memcpy((float *)to + (size_t)r * count, c->shared + HEAD_BYTES + (size_t)r * SLOT_BYTES,
+               count * sizeof(float));
+    }
+    return end(c);
+}
+
+ncclResult_t ncclCommFinalize(ncclComm_t c) {
+    expect(c && c->ready && !c->finalized && !c->aborted, "finalize");
+    c->finalized = 1;
+    c->left = ASKED;
+    return ncclInProgress;
+}
+
+static void forget(ncclComm_t c) {
+    unlink(c->path);
+    munmap(c->shared, HEAD_BYTES + (size_t)c->ranks * SLOT_BYTES);
+}
+
+ncclResult_t ncclCommDestroy(ncclComm_t c) {
+    expect(c && c->finalized && c->left == 0 && !c->aborted, "destroy");
+    forget(c);
+    free(c);
+    return ncclSuccess;
+}
+
+ncclResult_t ncclCommAbort(ncclComm_t c) {
+    expect(c && !c->aborted, "abort");
+    c->aborted = 1;
+    forget(c);
+    return ncclSuccess;
+}
+
+const char *ncclGetErrorString(ncclResult_t result) {
+    return result == ncclRemoteError    ? "remote process exited or there was a network error"
+           : result == ncclSystemError  ? "unhandled system error"
+           : result == ncclInvalidUsage ? "invalid usage"
+                                        : "another error";
+}
+const char *ncclGetLastError(ncclComm_t c) { return c ? "see above" : "no communicator"; }
