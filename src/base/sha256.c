@@ -35,8 +35,8 @@ static void add_block(uint32_t h[8], const unsigned char *p) {
         const uint32_t a = s[0], e = s[4];
         const uint32_t one = s[7] + (turn(e, 6) ^ turn(e, 11) ^ turn(e, 25)) +
                              ((e & s[5]) ^ (~e & s[6])) + k[i] + w[i];
-        const uint32_t two = (turn(a, 2) ^ turn(a, 13) ^ turn(a, 22)) +
-                             ((a & s[1]) ^ (a & s[2]) ^ (s[1] & s[2]));
+        const uint32_t two =
+            (turn(a, 2) ^ turn(a, 13) ^ turn(a, 22)) + ((a & s[1]) ^ (a & s[2]) ^ (s[1] & s[2]));
         memmove(s + 1, s, 7 * sizeof *s);
         s[4] += one;
         s[0] = one + two;
@@ -57,5 +57,6 @@ void sha256(const void *bytes, size_t n, unsigned char digest[SHA256_BYTES]) {
     const uint64_t bits = (uint64_t)n * 8;
     for (int i = 0; i < 8; i++) end[end_bytes - 1 - (size_t)i] = (unsigned char)(bits >> 8 * i);
     for (size_t i = 0; i < end_bytes; i += BLOCK_BYTES) add_block(h, end + i);
-    for (int i = 0; i < SHA256_BYTES; i++) digest[i] = (unsigned char)(h[i / 4] >> (24 - 8 * (i % 4)));
+    for (int i = 0; i < SHA256_BYTES; i++)
+        digest[i] = (unsigned char)(h[i / 4] >> (24 - 8 * (i % 4)));
 }

@@ -103,8 +103,7 @@ bool access_is_loopback(const char *name) {
     if (strcasecmp(tail, ".localhost") == 0) return true;
     if (inet_pton(AF_INET, begin, &v4) == 1) return ntohl(v4.s_addr) >> 24 == 127;
     return inet_pton(AF_INET6, begin, &v6) == 1 &&
-           (IN6_IS_ADDR_LOOPBACK(&v6) ||
-            (IN6_IS_ADDR_V4MAPPED(&v6) && v6.s6_addr[12] == 127));
+           (IN6_IS_ADDR_LOOPBACK(&v6) || (IN6_IS_ADDR_V4MAPPED(&v6) && v6.s6_addr[12] == 127));
 }
 
 bool access_host_ok(const struct access *a, const char *host) {

@@ -4,9 +4,8 @@
 #include <string.h>
 
 void up_event(mailbox *up, const struct engine_event *event) {
-    static const enum up_kind kinds[] = {[ENGINE_STEP] = UP_STEP,
-                                         [ENGINE_FINISHED] = UP_FINISHED,
-                                         [ENGINE_SCORED] = UP_SCORED};
+    static const enum up_kind kinds[] = {
+        [ENGINE_STEP] = UP_STEP, [ENGINE_FINISHED] = UP_FINISHED, [ENGINE_SCORED] = UP_SCORED};
     const struct think_decision *d = event->kind == ENGINE_STEP ? event->decision : NULL;
     const size_t count = d ? (size_t)d->count : 0;
     const size_t tops = event->kind == ENGINE_FINISHED ? 0 : (size_t)event->top_count;
@@ -84,8 +83,7 @@ void up_read(const void *bytes, size_t n, struct think_decision *decision,
         event->decision = decision;
     }
     event->top = (const struct logprob_entry *)tail; /* 4-byte members at a multiple of 4 */
-    ASSERT_EQ((size_t)(tail - (const char *)bytes) +
-                  (size_t)event->top_count * sizeof *event->top,
+    ASSERT_EQ((size_t)(tail - (const char *)bytes) + (size_t)event->top_count * sizeof *event->top,
               n);
 }
 

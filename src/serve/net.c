@@ -338,6 +338,8 @@ struct metrics *net_metrics(net *n) {
     return n->metrics;
 }
 
+int net_port(const net *n) { return fronts[0]->port(n->fronts[0]); }
+
 void net_progress(net *n, double ratio) {
     atomic_store_explicit(&n->wires.load_permille, (int)(1000 * ratio), memory_order_relaxed);
 }

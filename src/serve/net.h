@@ -53,6 +53,7 @@ enum status net_open(const struct params *params, int ranks, net **out);
 enum status net_start(net *n);
 struct wires *net_wires(net *n);
 struct metrics *net_metrics(net *n);
+int net_port(const net *n);              /* of HTTP */
 void net_progress(net *n, double ratio); /* any thread */
 /* The engine is there: facts stay valid until net_join. Main thread. */
 void net_ready(net *n, const struct body_facts *facts);

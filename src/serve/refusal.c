@@ -29,8 +29,8 @@ struct refused refused_last(void) {
     struct refused r = {.fault = *fail_last()};
     switch (r.fault.status) {
         case STATUS_REQUEST:
-            fill(&r, strcmp(r.fault.code, "model_not_found") == 0 ? REFUSAL_NO_MODEL
-                                                                  : REFUSAL_INVALID);
+            fill(&r,
+                 strcmp(r.fault.code, "model_not_found") == 0 ? REFUSAL_NO_MODEL : REFUSAL_INVALID);
             break;
         case STATUS_BUSY:
             fill(&r, REFUSAL_OVERLOADED);

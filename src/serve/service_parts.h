@@ -56,7 +56,7 @@ struct call {
     int64_t created;
     double arrival;
     double queue_seconds; /* the longest wait of its sequences; -1: none has begun */
-    struct event *timer; /* deadline, or "at once" for calls without engine work */
+    struct event *timer;  /* deadline, or "at once" for calls without engine work */
 };
 
 struct service {
