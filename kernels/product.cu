@@ -15,7 +15,7 @@
  */
 #include "kernels/product.cuh"
 
-enum { WARPS = 8, PRODUCT_THREADS = WARPS * WARP, COLUMNS_MAX = 64, UNROLL = 4, ROW_PAD = 4 };
+enum { WARPS = 8, PRODUCT_THREADS = WARPS * WARP, ROW_PAD = 4 };
 
 /* How the 8 warps share a block's work: 1 << log each, the product of the three is 8. */
 struct product_split {
@@ -42,6 +42,9 @@ static __global__ void __launch_bounds__(PRODUCT_THREADS, NT > 4 ? 1 : 2)
     product_mma(const __grid_constant__ struct kernels_matrix m, struct product_split split,
                 int rows, const bf16 *in, float *out, bf16 *act) {
     enum { COLUMNS = 8 * NT, HEIGHT = KERNELS_TILE * MT, PITCH = HEIGHT + ROW_PAD };
+    enum {
+        UNROLL = NT == 4 ? 2 : 4
+    };                              /* tiles in flight; two blocks of NT = 4 share 64 K registers */
     KERNELS_SHARED(float, partial); /* [WARPS][COLUMNS][PITCH] */
     const int lane = (int)threadIdx.x % WARP, warp = (int)threadIdx.x / WARP, g = lane / 4,
               t = lane % 4;

@@ -16,7 +16,7 @@ static __device__ __forceinline__ bool pair_before(struct batch_pair a, struct b
 }
 
 /* grid: thinkers. */
-static __global__ void __launch_bounds__(THINK_THREADS)
+static __global__ void __launch_bounds__(THINK_THREADS, 1)
     think(const struct kernels_thinker *thinkers, int probe_count, int k, int watch_max, int ranks,
           const unsigned char *gathered, const struct think_params *params,
           struct think_state *states, struct think_decision *decisions, int32_t *status) {
