@@ -6,7 +6,7 @@ import socket
 
 import pytest
 from conftest import chat, launch
-from served import Server, raw_socket
+from served import SANITIZED, Server, raw_socket
 
 
 @pytest.fixture(scope="module")
@@ -243,7 +243,7 @@ def test_R4_mutations(server):
             memory.append(server.metrics()["process_resident_memory_bytes"])
     connection.close()
     assert statuses[400] > count // 4 and statuses[200] > count // 20, statuses
-    assert memory[-1] - memory[0] < 10e6, memory
+    assert SANITIZED or memory[-1] - memory[0] < 10e6, memory
     server.settle()
 
 
