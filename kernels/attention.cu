@@ -225,7 +225,7 @@ static __global__ void __launch_bounds__(ATTENTION_THREADS)
     const float scale = 1.0f / sqrtf((float)hd);
     const int split_begin = shared_out ? (int)blockIdx.x : 0,
               split_end = shared_out ? split_begin + 1 : splits;
-    struct output<PAIRS> page_o, split_o, row_o;
+    struct output<PAIRS> page_o, split_o = {}, row_o = {};
     for (int s = split_begin; s < split_end; s++) {
         const int page_begin = s * (KERNELS_SPLIT_TOKENS / TOKENS);
         const int page_end =

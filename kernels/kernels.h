@@ -50,6 +50,10 @@ enum kernels_kind { KERNELS_COLUMN, KERNELS_GATE_UP, KERNELS_ROW }; /* = enum ma
 int kernels_setup(void);
 const char *kernels_error_text(int error);
 int kernels_multiprocessors(void); /* of the device of kernels_setup */
+/* Waits until everything on the stream is done; the first error of it, or 0. */
+int kernels_wait(kernels_stream stream);
+/* The device reads and writes malloc'ed memory (heterogeneous memory management): for tests. */
+bool kernels_reads_host_memory(void);
 
 /* ---- weights (pack.cu) ---- */
 

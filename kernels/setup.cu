@@ -4,13 +4,11 @@
 int kernels_sm_count = 132;
 
 extern "C" int kernels_setup(void) {
-#ifndef KERNELS_FIBRE
     int device = 0, error = (int)cudaGetDevice(&device);
     if (error == 0)
         error =
             (int)cudaDeviceGetAttribute(&kernels_sm_count, cudaDevAttrMultiProcessorCount, device);
     if (error != 0) return error;
-#endif
     const int error_product = product_setup();
     return error_product != 0 ? error_product : attention_setup();
 }
@@ -20,3 +18,13 @@ extern "C" const char *kernels_error_text(int error) {
 }
 
 extern "C" int kernels_multiprocessors(void) { return kernels_sm_count; }
+
+extern "C" int kernels_wait(kernels_stream stream) { return (int)cudaStreamSynchronize(stream); }
+
+extern "C" bool kernels_reads_host_memory(void) {
+    int device = 0, answer = 0;
+    return cudaGetDevice(&device) == cudaSuccess &&
+           cudaDeviceGetAttribute(&answer, cudaDevAttrPageableMemoryAccess, device) ==
+               cudaSuccess &&
+           answer != 0;
+}

@@ -21,6 +21,15 @@ if(CMAKE_CXX_COMPILER)
   set_tests_properties(l_kernels PROPERTIES ENVIRONMENT "${test_env}" TIMEOUT 240)
 endif()
 
+# The same suite on a device, where there is one.
+if(SFUMATO_HAVE_CUDA)
+  add_executable(test_l_kernels_gpu l_kernels.c)
+  target_compile_definitions(test_l_kernels_gpu PRIVATE _GNU_SOURCE)
+  target_link_libraries(test_l_kernels_gpu PRIVATE test_support sf_kernels sf_backend sf_think PkgConfig::CUNIT)
+  add_test(NAME l_kernels_gpu COMMAND test_l_kernels_gpu)
+  set_tests_properties(l_kernels_gpu PROPERTIES ENVIRONMENT "${test_env}" TIMEOUT 240 SKIP_RETURN_CODE 77)
+endif()
+
 find_package(Python3 COMPONENTS Interpreter QUIET)
 if(SFUMATO_HAVE_CUDA AND Python3_FOUND)
   foreach(arch 80 90a 100)

@@ -5,12 +5,32 @@
  * bounds of verification.md section 7 decide. Outputs have guards around them, the emulated shared
  * memory has its exact size. What this cannot show: a GPU's memory order, blocks that run at once,
  * the tensor core's own rounding, or speed.
+ * test_l_kernels_gpu is this very file against the library nvcc made: "device" pointers are ordinary
+ * memory there too, which a driver with heterogeneous memory management allows; else it is skipped.
  */
 #include "f_backend.h"
 #include "kernels/kernels.h"
 #include "think/think.h"
 
 extern int kernels_sm_count; /* few multiprocessors: a block then works on several row tiles */
+
+/* Emulated launches are over when they return; on a device (test_l_kernels_gpu) they are waited for. */
+#define LAUNCH(call)                     \
+    do {                                 \
+        CHECK_EQ((call), 0);             \
+        CHECK_EQ(kernels_wait(NULL), 0); \
+    } while (0)
+
+enum { SKIPPED = 77 }; /* an exit status that ctest knows */
+
+int suite_setup(int *argc, char ***argv) {
+    (void)argc, (void)argv;
+    const int error = kernels_setup();
+    if (error == 0 && kernels_reads_host_memory()) return 0;
+    printf("skipped: %s\n",
+           error ? kernels_error_text(error) : "the device cannot read ordinary memory (no HMM)");
+    exit(SKIPPED);
+}
 
 enum { ROWS_MAX = 70, SLABS = 8, WORKSPACE_TILES = 64 };
 
@@ -45,8 +65,8 @@ static struct kernels_matrix matrix_make(const struct shape *s, enum kernels_kin
     m.data = zeroed(kernels_matrix_bytes(&m));
     for (int64_t r = 0, n; r < s->rows; r += n) {
         n = s->rows - r < 13 ? s->rows - r : 13;
-        CHECK_EQ(kernels_pack(NULL, &m, 0, r, n, a + r * s->cols), 0);
-        if (kind == KERNELS_GATE_UP) CHECK_EQ(kernels_pack(NULL, &m, 1, r, n, b + r * s->cols), 0);
+        LAUNCH(kernels_pack(NULL, &m, 0, r, n, a + r * s->cols));
+        if (kind == KERNELS_GATE_UP) LAUNCH(kernels_pack(NULL, &m, 1, r, n, b + r * s->cols));
     }
     return m;
 }
@@ -66,9 +86,9 @@ static double dot(const float *w, const float *x, int64_t n, double *magnitude) 
 static void product(enum kernels_mode mode, int rows, const struct kernels_matrix *m,
                     const bf16 *in, void *out, void *workspace) {
     if (m->kind == KERNELS_GATE_UP)
-        CHECK_EQ(kernels_gate_up(NULL, mode, rows, m, in, out, workspace), 0);
+        LAUNCH(kernels_gate_up(NULL, mode, rows, m, in, out, workspace));
     else
-        CHECK_EQ(kernels_product(NULL, mode, rows, m, in, out, workspace), 0);
+        LAUNCH(kernels_product(NULL, mode, rows, m, in, out, workspace));
 }
 
 static void product_check(const struct kernels_matrix *m, const float *a, const float *b,
@@ -96,6 +116,7 @@ static void product_check(const struct kernels_matrix *m, const float *a, const 
 static void test_products(void) {
     static const int counts[] = {1, 2, 3, 4, 5, 9, 17, 33};
     void *workspace = zeroed(kernels_product_workspace_bytes(WORKSPACE_TILES));
+    const int sm_count = kernels_sm_count;
     kernels_sm_count = 2;
     for (int i = 0; i < SHAPES; i++) {
         const struct shape *s = &shapes[i];
@@ -114,7 +135,8 @@ static void test_products(void) {
             product(KERNELS_DETERMINISTIC, ROWS_MAX, &m, in, whole, workspace);
             product_check(&m, a, b, x, ROWS_MAX, whole);
             for (size_t c = 0; c < sizeof counts / sizeof counts[0]; c++) {
-                if (i > 1 && counts[c] != 1 && counts[c] != 3 && counts[c] != 9) continue; /* time */
+                if (i > 1 && counts[c] != 1 && counts[c] != 3 && counts[c] != 9)
+                    continue; /* time */
                 const size_t part = size * (size_t)(counts[c] * s->rows);
                 void *out = guard_new(part);
                 product(KERNELS_DETERMINISTIC, counts[c], &m, in, out, workspace);
@@ -136,7 +158,7 @@ static void test_products(void) {
     for (int i = 0; i < WORKSPACE_TILES; i++)
         CHECK_EQ(counters[i], 0); /* ready for the next launch */
     free(workspace);
-    kernels_sm_count = 132;
+    kernels_sm_count = sm_count;
 }
 
 /* A rank with no slab gives -0.0f; ranks added along the tree give the bits of one rank. */
@@ -167,7 +189,7 @@ static void test_tensor_parallel(void) {
             product(KERNELS_DETERMINISTIC, ROWS, &m, in, parts + (size_t)r * n, NULL);
             free(m.data), free(w), free(in);
         }
-        CHECK_EQ(kernels_rank_tree(NULL, (int64_t)n, ranks, parts, sum), 0);
+        LAUNCH(kernels_rank_tree(NULL, (int64_t)n, ranks, parts, sum));
         if (ranks == 1) memcpy(want, sum, sizeof(float) * n);
         CU_ASSERT(
             suite_equal_bytes("partials of ranks along the tree", sum, want, sizeof(float) * n));
@@ -185,7 +207,7 @@ static void test_rank_tree(void) {
     float in[R * N], sum[N];
     awkward_fill(3, in, R * N);
     for (int ranks = 1; ranks <= R; ranks++) {
-        CHECK_EQ(kernels_rank_tree(NULL, N, ranks, in, sum), 0);
+        LAUNCH(kernels_rank_tree(NULL, N, ranks, in, sum));
         for (int i = 0; i < N; i++) {
             float level[R];
             for (int r = 0; r < ranks; r++) level[r] = in[r * N + i];
@@ -224,7 +246,7 @@ static void test_embed_mix(void) {
     memcpy(vocab.begin, borders, sizeof borders);
     float want[T * D], *got = guard_new(sizeof want);
     be->ops->embed_mix(be, &batch, reference, 8, borders, want);
-    CHECK_EQ(kernels_embed_mix(NULL, T, begin, ids, weights, &m, vocab, got), 0);
+    LAUNCH(kernels_embed_mix(NULL, T, begin, ids, weights, &m, vocab, got));
     CU_ASSERT(suite_equal_bytes("mixture", got, want, sizeof want));
     for (int i = 0; i < D; i++)
         CU_ASSERT(got[i] == rounded(rows[3 * D + i], BACKEND_BF16)); /* one-hot = E[id] */
@@ -264,12 +286,12 @@ static void test_norms(void) {
             memcpy(x_got, x, sizeof(float) * (size_t)all);
             be->ops->add_norm(be, T, n, first, 1.5f, sum, x_want, weight, 1e-6f, BACKEND_BF16,
                               want);
-            CHECK_EQ(kernels_add_norm(NULL, T, n, first, 1.5f, sum, x_got, weight, 1e-6f, got), 0);
+            LAUNCH(kernels_add_norm(NULL, T, n, first, 1.5f, sum, x_got, weight, 1e-6f, got));
             CU_ASSERT(suite_equal_bytes("residual", x_got, x_want, sizeof(float) * (size_t)all));
             int far = 0;
             for (int k = 0; k < all; k++) far += !bf16_near(got[k], want[k]);
             be->ops->add_norm_rows(be, chosen, 2, n, sum, x, weight, 1e-6f, BACKEND_BF16, want);
-            CHECK_EQ(kernels_add_norm_rows(NULL, chosen, 2, n, sum, x, weight, 1e-6f, got), 0);
+            LAUNCH(kernels_add_norm_rows(NULL, chosen, 2, n, sum, x, weight, 1e-6f, got));
             for (int k = 0; k < 2 * n; k++) far += !bf16_near(got[k], want[k]);
             CHECK_EQ(far, 0);
             CU_ASSERT(guard_check(x_got, sizeof(float) * (size_t)all));
@@ -400,17 +422,15 @@ static void heads_run(const struct heads_case *c, uint64_t seed) {
         const struct batch batch = {
             .row_count = T, .segment_count = count, .segments = segments, .pages = pages};
         be->ops->qkv(be, &batch, &attention, h, q_want);
-        CHECK_EQ(kernels_heads_append(NULL, T, rows, pages, heads, kv, raw, q), 0);
+        LAUNCH(kernels_heads_append(NULL, T, rows, pages, heads, kv, raw, q));
         if (!last) continue; /* only what the last round sees is compared */
         const size_t n = (size_t)(T * H * hd);
         CU_ASSERT(suite_equal_bytes("q", q, q_want, sizeof(float) * n));
         be->ops->attention(be, &batch, &attention, q_want, BACKEND_BF16, o_want);
-        CHECK_EQ(kernels_attention(NULL, T, rows, pages, 0, H, tiles, tile_count, kv, context_max,
-                                   q, o, workspace, workspace_bytes),
-                 0);
-        CHECK_EQ(kernels_attention(NULL, T, rows, pages, 0, H, tiles, tile_count, kv, context_max,
-                                   q, o_walk, workspace, 0),
-                 0);
+        LAUNCH(kernels_attention(NULL, T, rows, pages, 0, H, tiles, tile_count, kv, context_max, q,
+                                 o, workspace, workspace_bytes));
+        LAUNCH(kernels_attention(NULL, T, rows, pages, 0, H, tiles, tile_count, kv, context_max, q,
+                                 o_walk, workspace, 0));
         CU_ASSERT(
             suite_equal_bytes("splits apart and one after the other", o, o_walk, sizeof(bf16) * n));
         int far = 0;
@@ -425,10 +445,9 @@ static void heads_run(const struct heads_case *c, uint64_t seed) {
         CHECK_EQ(far, 0);
         /* padding: no page touched, zeros out */
         const struct kernels_row padding = {-1, 1 << 28};
-        CHECK_EQ(kernels_heads_append(NULL, 1, &padding, pages, heads, kv, raw, q), 0);
-        CHECK_EQ(kernels_attention(NULL, 1, &padding, pages, 0, H, tiles, tile_count, kv,
-                                   context_max, q, o, workspace, workspace_bytes),
-                 0);
+        LAUNCH(kernels_heads_append(NULL, 1, &padding, pages, heads, kv, raw, q));
+        LAUNCH(kernels_attention(NULL, 1, &padding, pages, 0, H, tiles, tile_count, kv, context_max,
+                                 q, o, workspace, workspace_bytes));
         for (int i = 0; i < H * hd; i++) CU_ASSERT(q[i] == 0.0f && o[i] == 0);
         break;
     }
@@ -502,7 +521,7 @@ static void candidates_run(int slabs, const int64_t *borders, int64_t vocab_coun
     memset(workspace, 0, workspace_bytes);
     be->ops->candidates(be, &batch, z, slabs, borders, vocab_count, want);
     for (int repeat = 0; repeat < 2; repeat++) { /* twice: the counters are where they were */
-        CHECK_EQ(kernels_candidates(NULL, on, z, vocab, vocab_count, got, workspace), 0);
+        LAUNCH(kernels_candidates(NULL, on, z, vocab, vocab_count, got, workspace));
         for (int p = 0; p < PROBES; p++) {
             const struct batch_record *a =
                 (const struct batch_record *)(const void *)(got + stride * (size_t)p);
@@ -519,7 +538,7 @@ static void candidates_run(int slabs, const int64_t *borders, int64_t vocab_coun
     float *z_want = malloc(sizeof(float) * (size_t)width),
           *z_got = guard_new(sizeof(float) * (size_t)width);
     be->ops->probe_logits(be, &batch, 1, z, slabs, borders, vocab_count, z_want);
-    CHECK_EQ(kernels_probe_logits(NULL, on, 1, z, vocab, vocab_count, z_got), 0);
+    LAUNCH(kernels_probe_logits(NULL, on, 1, z, vocab, vocab_count, z_got));
     CU_ASSERT(suite_equal_bytes("z' of a row", z_got, z_want, sizeof(float) * (size_t)width));
     CU_ASSERT(guard_check(z_got, sizeof(float) * (size_t)width));
     CU_ASSERT(guard_check(got, bytes));
@@ -622,9 +641,8 @@ static void test_think(void) {
             rows[i] = (struct think_candidates){m[0], s[0], q[0], K, false, z[i], ids[i], close_z};
         }
         memcpy(want_states, states, sizeof states);
-        CHECK_EQ(kernels_think(NULL, N, thinkers, probes, R, gathered, params, states, decisions,
-                               status),
-                 0);
+        LAUNCH(kernels_think(NULL, N, thinkers, probes, R, gathered, params, states, decisions,
+                             status));
         for (int i = 0; i < N; i++) {
             const bool decided = think_step(&params[i], &want_states[i], &rows[i], &want);
             CHECK_EQ(status[i], decided);
@@ -651,16 +669,17 @@ static void test_think(void) {
 
 /* They do nothing one could see; they must not touch what they must not. */
 static void test_bench(void) {
+    const int sm_count = kernels_sm_count;
     kernels_sm_count = 1;
     unsigned char *memory = guard_new(70000);
     uint32_t sink = 7;
     float sink_float = 7.0f;
     double flops = 0.0;
-    CHECK_EQ(kernels_sweep(NULL, memory, 70000, &sink), 0);
-    CHECK_EQ(kernels_peak(NULL, 1, &sink_float, &flops), 0);
+    LAUNCH(kernels_sweep(NULL, memory, 70000, &sink));
+    LAUNCH(kernels_peak(NULL, 1, &sink_float, &flops));
     CHECK_NEAR(flops, 4.0 * 8 * 8 * 4096, 0.0);
     CU_ASSERT(guard_check(memory, 70000));
-    kernels_sm_count = 132;
+    kernels_sm_count = sm_count;
 }
 
 const struct suite_case suite_cases[] = {

@@ -132,9 +132,17 @@ using std::min;
 
 /* ---- the runtime ---- */
 
+typedef struct CUstream_st *kernels_stream;
 typedef int cudaError_t;
 enum { cudaSuccess = 0 };
 static inline int cudaGetLastError() { return 0; }
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount, cudaDevAttrPageableMemoryAccess };
+static inline cudaError_t cudaGetDevice(int *device) { return *device = 0; }
+static inline cudaError_t cudaDeviceGetAttribute(int *value, cudaDeviceAttr what, int) {
+    *value = what == cudaDevAttrMultiProcessorCount ? 132 : 1;
+    return cudaSuccess;
+}
+static inline cudaError_t cudaStreamSynchronize(kernels_stream) { return cudaSuccess; }
 static inline const char *cudaGetErrorString(int) { return "no error"; }
 
 #endif
