@@ -26,7 +26,7 @@ static const struct command commands[] = {
      "The service: an OpenAI-compatible HTTP API with Soft Thinking.", cmd_serve, cmd_serve_before},
     {"bench", PARAMS_BENCH, "step|comm|sampler|tokenizer",
      "Speed, as ratios against what this machine can do.", cmd_bench, NULL},
-    {"selftest", PARAMS_SELFTEST, "[--backend NAME] [--comm PATH]",
+    {"selftest", PARAMS_SELFTEST, "[verbs|comm|model] [--backend NAME] [--comm PATH]",
      "Is this machine right? Every computation and exchange against slower code; needs no model.",
      cmd_selftest, NULL},
 };

@@ -17,3 +17,21 @@ add_library(nccl_stub SHARED stub/nccl_stub.c)
 target_compile_definitions(nccl_stub PRIVATE _GNU_SOURCE)
 set_target_properties(nccl_stub PROPERTIES OUTPUT_NAME nccl SOVERSION 2 C_VISIBILITY_PRESET default
                       LIBRARY_OUTPUT_DIRECTORY ${CMAKE_CURRENT_BINARY_DIR}/stub)
+
+# emulated(NAME RANKS ARGUMENTS...): selftest of the emulated program. Slow: a fibre switch per thread and barrier.
+function(emulated name ranks)
+  add_test(NAME l_emulated_${name}
+           COMMAND ${MPIEXEC_EXECUTABLE} ${MPIEXEC_NUMPROC_FLAG} ${ranks} $<TARGET_FILE:sfumato_emulated>
+                   selftest --backend cuda --quiet ${ARGN})
+  set_tests_properties(l_emulated_${name} PROPERTIES TIMEOUT 600 PROCESSORS 2
+    ENVIRONMENT "${test_env};LD_LIBRARY_PATH=${CMAKE_CURRENT_BINARY_DIR}/stub")
+endfunction()
+if(NOT SFUMATO_ASAN)
+  emulated(verbs 1 verbs)
+  emulated(verbs_exact 1 verbs --deterministic)
+  emulated(comm_staged 2 comm)
+  emulated(comm_nccl 2 comm --comm nccl)
+  emulated(comm_nccl_tree 3 comm --comm nccl --deterministic)
+  emulated(model 1 model)
+  emulated(model_nccl_tree 2 model --comm nccl --deterministic)
+endif()

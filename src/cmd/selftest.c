@@ -159,10 +159,6 @@ static enum status open_machine(struct selftest *t) {
     static const enum comm_kind kinds[] = {COMM_AUTO, COMM_MPI, COMM_NCCL, COMM_FUSED};
     struct host *h = t->h;
     struct model_config config;
-    if (h->params.positional) {
-        return fail(STATUS_USAGE, "%s: unexpected argument; selftest takes options only",
-                    h->params.positional);
-    }
     selftest_plan(h, &config);
     host_plan_backend(h);
     TRY(comm_agree(h->comm, host_new_backend(h, &h->backend)));
@@ -183,19 +179,32 @@ static enum status open_machine(struct selftest *t) {
 }
 
 enum status cmd_selftest(struct host *h) {
+    static const struct {
+        const char *name;
+        void (*run)(struct selftest *t);
+    } parts[] = {
+        {"verbs", selftest_verbs}, {"comm", selftest_collectives}, {"model", selftest_model}};
+    enum { PARTS = sizeof parts / sizeof *parts };
+    const char *only = h->params.positional;
     struct selftest t = {.h = h};
+    bool known = !only;
+    for (int i = 0; i < PARTS; i++) known |= only && strcmp(only, parts[i].name) == 0;
+    if (!known) {
+        return fail(STATUS_USAGE,
+                    "%s: selftest has the parts verbs, comm and model; none named = all", only);
+    }
     TRY(open_machine(&t));
     json_writer_init(&t.json);
     json_begin(&t.json, '[');
     print_head(&t);
-    selftest_verbs(&t);
-    selftest_collectives(&t);
-    selftest_model(&t);
+    for (int i = 0; i < PARTS; i++) {
+        if (!only || strcmp(only, parts[i].name) == 0) parts[i].run(&t);
+    }
     print_end(&t);
     json_writer_fini(&t.json);
-    return t.failed == 0 ? STATUS_OK
-                         : fail(STATUS_PARTIAL,
-                                "the self-test failed: %d of %d checks: the report "
-                                "above says which",
-                                t.failed, t.passed + t.failed);
+    return t.failed == 0
+               ? STATUS_OK
+               : fail(STATUS_PARTIAL,
+                      "the self-test failed: %d of %d checks: the report above says which",
+                      t.failed, t.passed + t.failed);
 }

@@ -16,7 +16,7 @@
 
 #include "cmd/selftest.h"
 
-enum { ROWS = 64, SEQS = 4, PROMPT = 24, LENGTH = 128, PAGES = 12, STEPS = 40, VOCAB = 1003 };
+enum { ROWS = 64, SEQS = 4, PROMPT = 24, LENGTH = 128, PAGES = 12, STEPS = 16, VOCAB = 1003 };
 
 void selftest_plan(struct host *h, struct model_config *config) {
     config_init(config);

@@ -76,3 +76,45 @@ def test_nccl_cannot_start(fault, word):
                                    env={"NCCL_STUB": fault})
     assert status == 5, (status, messages)
     assert sum(word in line for line in messages) == 1, messages
+
+
+@needs_emulation
+@pytest.mark.parametrize("fault, status, rank, words", [
+    ("async:1", 5, 1, "remote process exited"),
+    ("call:0", 5, 0, "invalid usage"),
+    ("hang:1", 6, 1, "has not answered in time"),
+])
+def test_nccl_fails_in_a_step(fault, status, rank, words):
+    """The whole job ends, with this rank's name, once; nobody waits for ever."""
+    got, messages, _ = emulated("selftest", "comm", "--backend", "cuda", "--comm", "nccl", "--quiet",
+                                "--collective-timeout", "2", ranks=2, env={"NCCL_STUB": fault})
+    assert got == status, (got, messages)
+    said = [line for line in messages if words in line]
+    assert len(said) == 1 and f"rank {rank} on " in said[0] and "stopping all ranks" in said[0], messages
+
+
+@needs_emulation
+def test_a_device_fault_ends_the_job():
+    got, messages, _ = emulated("selftest", "comm", "--backend", "cuda", "--quiet", ranks=2,
+                                env={"CUDA_STUB": "fault:9"})
+    assert got == 5, (got, messages)
+    assert any("device fault on rank" in line for line in messages), messages
+
+
+@needs_emulation
+@pytest.mark.parametrize("more", [(), ("--deterministic",)])
+def test_nccl_sums(more):
+    got, messages, out = emulated("selftest", "comm", "--backend", "cuda", "--comm", "nccl", "--quiet", *more, ranks=2)
+    assert got == 0 and " 0 failed" in out and "communication nccl, window" in out, (messages, out)
+
+
+def test_selftest_of_the_cpu():
+    result = launch("selftest", "comm", "--quiet", "--json", ranks=3, model=None)
+    assert result.status == 0, result.err
+    report = result.lines[-1]
+    assert report["failed"] == 0 and report["passed"] >= 4 and report["ranks"] == 3
+
+
+def test_selftest_knows_its_parts():
+    result = launch("selftest", "everything", "--quiet", model=None)
+    assert result.status == 2 and "verbs, comm and model" in result.messages[-1]
