@@ -168,7 +168,7 @@ int64_t cpu_matrix_bytes(const struct matrix_spec *spec);
 enum status cpu_open(const struct backend_config *config, backend **out);
 /* cuda.c, in programs built with SFUMATO_CUDA. STATUS_USAGE, saying what is missing, where no GPU can be
  * used; the program starts without a driver all the same. probe: opens nothing. */
-enum status cuda_probe(int local_rank);
+enum status cuda_probe(void);
 enum status cuda_open(const struct backend_config *config, backend **out);
 const char *backend_isa_name(enum backend_isa isa);
 const char *backend_numerics_name(enum backend_numerics n);

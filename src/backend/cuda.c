@@ -282,12 +282,11 @@ static void cuda_close(backend *b) {
     free(cuda);
 }
 
-enum status cuda_probe(int local_rank) {
+enum status cuda_probe(void) {
     int count = 0;
     const cudaError_t error = cudaGetDeviceCount(&count);
     cudaGetLastError();
     if (error == cudaSuccess && count > 0) return STATUS_OK;
-    (void)local_rank;
     return fail(STATUS_USAGE,
                 "--backend cuda: no GPU can be used here (%s): install an NVIDIA driver, or use "
                 "--backend cpu",
@@ -298,7 +297,7 @@ enum status cuda_probe(int local_rank) {
 static enum status open_device(struct cuda *cuda, const struct backend_config *config) {
     int count = 0;
     struct cudaDeviceProp facts;
-    TRY(cuda_probe(config->local_rank));
+    TRY(cuda_probe());
     cudaGetDeviceCount(&count);
     cuda->device = config->local_rank % count;
     cuda->sharing = (config->local_ranks + count - 1) / count;

@@ -16,15 +16,15 @@
 
 #include "cmd/selftest.h"
 
-enum { ROWS = 64, SEQS = 4, PROMPT = 24, LENGTH = 128, PAGES = 12, STEPS = 16, VOCAB = 1003 };
+enum { ROWS = 64, SEQS = 4, PROMPT = 24, LENGTH = 128, PAGES = 12, STEPS = 16, VOCAB = 603 };
 
 void selftest_plan(struct host *h, struct model_config *config) {
     config_init(config);
     config->arch = ARCH_QWEN3;
     snprintf(config->arch_name, sizeof config->arch_name, "selftest");
-    config->layers = 3;
+    config->layers = 2;
     config->hidden = 320;
-    config->ffn = 864;
+    config->ffn = 544;
     config->heads = 40;
     config->kv_heads = 8;
     config->head_dim = 32;
