@@ -3,8 +3,8 @@
  * A block takes one row, one tile of up to 8 query heads of a kv head, and either one split of 256
  * tokens or, in order, all of them:
  *
- *   split    64 | 64 | 64 | 64 tokens: each block of a page gives (m, l, o) from scratch, joined in order
- *   row      split + split + ...      from scratch each, joined in ascending order, whoever made them
+ *   split   64 | 64 | 64 | 64 tokens   a page gives (m, l, o) from scratch, joined in order
+ *   row     split + split + ...        the same with splits, whoever made them
  *
  * So a row's bits depend on its position only, and up to 256 tokens they are the CPU's: a score is
  * one chain over hd, an output one chain over the tokens of a page, sums of exponentials go over
@@ -12,8 +12,9 @@
  * joins them. Two halves of 64 threads each take 4 of the heads: for the scores a thread is a token
  * of the page, for the output it is a pair of dims.
  *
- * Shared memory: keys [64][hd + 8] and values [64][hd] of a page as bf16, q [2][hd][4], scores [64][8].
- * A prefill chunk is so many rows here, each reads its sequence's pages (from L2): right, not fast.
+ * Shared memory: keys [64][hd + 8] and values [64][hd] of a page as bf16, q [2][hd][4], scores
+ * [64][8]. A prefill chunk is so many rows here, each reads its sequence's pages (from L2): right,
+ * not fast.
  */
 #include "kernels/kv.cuh"
 
@@ -36,8 +37,9 @@ static size_t attention_shared(int head_dim) {
            ((size_t)HEADS * (size_t)head_dim + TOKENS * HEADS) * sizeof(float);
 }
 
-/* With more (row, tile) items than this the device is full and nobody shares an item. Counters come first in
- * the workspace and always take the same room, so no call's triples are another one's counters. */
+/* With more (row, tile) items than this the device is full and nobody shares an item. Counters come
+ * first in the workspace and always take the same room, so no call's triples are another one's
+ * counters. */
 static int64_t shared_items_max(void) { return (int64_t)kernels_sm_count * BLOCKS_AN_SM; }
 static size_t counters_bytes(void) {
     return ((size_t)shared_items_max() * sizeof(uint32_t) + 127) / 128 * 128;
@@ -81,15 +83,15 @@ static __device__ __forceinline__ void stats_join(float &m, float &l, float m_b,
     l = fmaf(c_b, l_b, c * l);
 }
 
-/* m and l of the block of 64 tokens, of the split and of the row so far, and factors of the last join. */
+/* m and l of the block of 64 tokens, of the split and of the row so far, and factors of the last
+ * join. */
 struct shared_stats {
     float m[HEADS], l[HEADS], split_m[HEADS], split_l[HEADS], row_m[HEADS], row_l[HEADS];
     float c[HEADS], c_b[HEADS];
     uint32_t flag;
 };
 
-/* Scores of a page, exponentials in place, m and l of the page. 16-byte loads need hd % 8 == 0; other
- * hd are read one by one. */
+/* Scores of a page, exponentials in place, m and l of the page. */
 static __device__ __forceinline__ void page_scores(const bf16 *keys, const float *q, float *score,
                                                    struct shared_stats &stats, int hd, int visible,
                                                    float scale) {
@@ -168,8 +170,8 @@ static __device__ __forceinline__ void page_output(struct output<PAIRS> &out, co
     }
 }
 
-/* [64][hd] bf16 from the pool to rows of `stride` elements, 4 or 16 bytes at a time. Tokens past the
- * last visible one become zeros: a page may hold anything there. */
+/* [64][hd] bf16 from the pool to rows of `stride` elements, 4 or 16 bytes at a time. Tokens past
+ * the last visible one become zeros: a page may hold anything there. */
 static __device__ __forceinline__ void page_load(bf16 *to, const bf16 *from, int hd, int stride,
                                                  int visible) {
     if (hd % 8 == 0) {
@@ -343,7 +345,8 @@ extern "C" int kernels_attention(kernels_stream stream, int rows, const struct k
                                  struct kernels_kv kv, int context_max, const float *q, uint16_t *o,
                                  void *workspace, size_t workspace_bytes) {
     const int splits = (int)blocks_of(context_max, KERNELS_SPLIT_TOKENS);
-    /* one block walks all splits when there are rows enough to fill the device, or no room for triples */
+    /* one block walks all splits when there are rows enough to fill the device, or no room for
+     * triples */
     const bool enough = (int64_t)rows * tile_count > shared_items_max();
     const bool room = kernels_attention_workspace_bytes(rows, tile_count, kv.head_dim,
                                                         context_max) <= workspace_bytes;

@@ -1,14 +1,15 @@
 /* candidates.cu: statistics and the K best of every probed row of logits, in one launch.
  *
- *   block (chunk of a slab, probe):  z' = edited z / T into the workspace, its m, s, q and K best
- *   last block of a probe:           chunks ─ slab tree ─► m, s, q; lists ─► K best; watched ids ─► record
+ *   block (chunk of a slab, probe)  z' = edited z / T to the workspace; its m, s, q and K best
+ *   last block of a probe           chunks ─ slab tree ─► m, s, q; lists ─► K best; watched ids
  *
- * A slab is cut into CHUNKS equal pieces (a function of the slab alone). The K best are found without a
- * sort: keys (order-preserving image of z, then the complemented id, as in the CPU backend) are all
- * different, so the K-th largest is found digit by digit from the top, 256 bins at a time, and the
- * search ends as soon as a bin holds just what is still missing, after three or four digits as a rule.
- * Then at most 64 keys are put in order by counting. m, the lists and the watched values are the CPU's
- * bits; s and q are added up in another order. Odd values as there: NaN counts as -inf, +inf as FLT_MAX.
+ * A slab is cut into CHUNKS equal pieces (a function of the slab alone). The K best are found
+ * without a sort: keys (order-preserving image of z, then the complemented id, as in the CPU
+ * backend) are all different, so the K-th largest is found digit by digit from the top, 256 bins at
+ * a time, and the search ends as soon as a bin holds just what is still missing, after three or
+ * four digits as a rule. Then at most 64 keys are put in order by counting. m, the lists and the
+ * watched values are the CPU's bits; s and q are added up in another order. Odd values as there:
+ * NaN counts as -inf, +inf as FLT_MAX.
  */
 #include <float.h>
 
@@ -24,8 +25,9 @@ struct chunk_answer {
     uint64_t keys[KERNELS_CANDIDATES_MAX]; /* descending */
 };
 
-/* Workspace: one of these per probe, each followed by z' [V local]; 128 bytes is their alignment. A probe's place
- * does not depend on how many there are: what one call leaves is never another call's counter. */
+/* Workspace: one of these per probe, each followed by z' [V local]; 128 bytes is their alignment. A
+ * probe's place does not depend on how many there are: what one call leaves is never another call's
+ * counter. */
 struct probe_memory {
     uint32_t arrived;
     struct chunk_answer answers[LISTS_MAX];
@@ -232,8 +234,8 @@ static __global__ void __launch_bounds__(CANDIDATES_THREADS, 2)
     }
     if (!last_arrival(&own->arrived, (uint32_t)lists, &flag)) return;
 
-    /* statistics: chunks of a slab, then the slabs, adjacent pairs with an odd one moving up; both in one go,
-     * for CHUNKS is a power of two */
+    /* statistics: chunks of a slab, then the slabs, adjacent pairs with an odd one moving up; both
+     * in one go, for CHUNKS is a power of two */
     const struct chunk_answer *all = own->answers;
     unsigned char *at = records + p * batch_record_bytes(k, batch.watch_max);
     struct batch_record *record = (struct batch_record *)(void *)at;

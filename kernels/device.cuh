@@ -2,7 +2,8 @@
  *
  * The same .cu files compile twice: by nvcc, and by g++ with KERNELS_FIBRE and the emulation in
  * tests/fibre. Everything that differs between the two is here; a kernel file has no #ifdef.
- * All files compile with --fmad=false: where a multiply and an add shall be one operation it says fmaf.
+ * All files compile with --fmad=false: where a multiply and an add shall be one operation it says
+ * fmaf.
  */
 #ifndef SFUMATO_KERNELS_DEVICE_CUH
 #define SFUMATO_KERNELS_DEVICE_CUH
@@ -77,7 +78,8 @@ static __device__ __forceinline__ void mma_bf16(float d[4], uint4 a, uint2 b) {
         }
     }
 #else
-    /* the instruction's k order is (2t, 2t + 1, 2t + 8, 2t + 9): any order will do, both sides agree */
+    /* the instruction's k order is (2t, 2t + 1, 2t + 8, 2t + 9): any order will do, both sides
+     * agree */
     asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
         "{%8, %9}, {%0, %1, %2, %3};"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
@@ -159,7 +161,8 @@ static inline unsigned blocks_of(int64_t items, int64_t per_block) {
     return (unsigned)((items + per_block - 1) / per_block);
 }
 
-/* setup.cu: multiprocessors of the device. product.cu and attention.cu: their shared-memory limits. */
+/* setup.cu: multiprocessors of the device. product.cu and attention.cu: their shared-memory limits.
+ */
 extern int kernels_sm_count;
 int product_setup(void);
 int attention_setup(void);

@@ -1,4 +1,5 @@
-/* gemv.cu: products for 1 to 4 rows: the weights are one stream of bytes, cut evenly over the blocks.
+/* gemv.cu: products for 1 to 4 rows: the weights are one stream of bytes, cut evenly over the
+ * blocks.
  *
  * Fast mode only. Block b of G takes the k tiles [W b / G, W (b + 1) / G) of the W = row tiles x
  * column tiles of the matrix, whatever row they belong to; inside a row tile its 8 warps take equal
@@ -7,16 +8,16 @@
  *   block        0          1          2
  *   tiles   |....:....|..:....:..|.:....:...      : = row tile ends
  *
- * A row tile inside one block is finished there. Of one that blocks share, each leaves its partial sum
- * in the workspace (a block has at most two: of its first and its last segment); who arrives
+ * A row tile inside one block is finished there. Of one that blocks share, each leaves its partial
+ * sum in the workspace (a block has at most two: of its first and its last segment); who arrives
  * last adds them in block order and finishes. So bits depend on G and the shape, not on timing.
  */
 #include "kernels/product.cuh"
 
 enum { WARPS = 8, GEMV_THREADS = WARPS * WARP, UNROLL = 4, BLOCKS_AN_SM = 2 };
 
-/* Workspace: partials [G][2][GEMV_ROWS][16], then counters [row tiles]: what a matrix leaves as partial
- * sums never is another one's counter. */
+/* Workspace: partials [G][2][GEMV_ROWS][16], then counters [row tiles]: what a matrix leaves as
+ * partial sums never is another one's counter. */
 static size_t partials_floats(void) {
     return (size_t)kernels_sm_count * BLOCKS_AN_SM * 2 * GEMV_ROWS * KERNELS_TILE;
 }

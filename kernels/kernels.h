@@ -1,9 +1,9 @@
 /* kernels.h: every CUDA kernel of sfumato, as C functions. CUDA C++ stays behind this line.
  *
- * A launcher puts one or two kernels on a stream and returns at once: 0, or the CUDA runtime's error number.
- * All pointers are device memory unless a comment says host; nothing here allocates, waits or
- * talks to other ranks, so every call may be captured into a graph. Sizes come by value (a graph is
- * made per batch bucket), everything that changes from step to step lies in device memory.
+ * A launcher puts its kernels on a stream and returns at once: 0, or the CUDA runtime's
+ * error number. All pointers are device memory unless a comment says host; no launcher allocates,
+ * waits or talks to other ranks, so every one may be captured into a graph. Sizes come by value (a
+ * graph is made per batch bucket), everything that changes from step to step lies in device memory.
  *
  *   T rows, D hidden, H query heads, G kv heads, hd head dim, F ffn columns, V vocabulary rows: the
  *   rank's own. bf16 weights and activations, fp32 residual, sums, scores and partials; bf16 KV.
@@ -62,7 +62,8 @@ struct kernels_matrix {
     enum kernels_kind kind;
     int32_t row_tiles, col_tiles;
     int64_t rows, cols; /* N (GATE_UP: F), K local */
-    /* Pieces of K, each one chain of products. ROW: the slabs (an empty one is absent); else 8 equal pieces. */
+    /* Pieces of K, each one chain of products. ROW: the slabs (an empty one is absent); else 8
+     * equal pieces. */
     int32_t part_count;
     int32_t part_begin[KERNELS_PARTS_MAX + 1]; /* columns */
     int32_t part_tile[KERNELS_PARTS_MAX + 1];  /* column tiles */
@@ -84,19 +85,21 @@ struct kernels_borders {
     int32_t count; /* <= KERNELS_PARTS_MAX */
     int64_t begin[KERNELS_PARTS_MAX + 1];
 };
-/* out[T][D] as embed_mix of backend.h, bit for bit as the CPU: mix_begin [T + 1], ids and weights CSR.
- * Row i of m is id begin[0] + i. */
+/* out[T][D] as embed_mix of backend.h, bit for bit as the CPU: mix_begin [T + 1], ids and weights
+ * CSR. Row i of m is id begin[0] + i. */
 int kernels_embed_mix(kernels_stream stream, int rows, const int32_t *mix_begin,
                       const uint32_t *mix_ids, const float *mix_weights,
                       const struct kernels_matrix *m, struct kernels_borders vocab, float *out);
 /* x[T][D] = first ? scale * sum : x + sum; h[T][D] (bf16) = rmsnorm(x) * weight. */
 int kernels_add_norm(kernels_stream stream, int rows, int hidden, bool first, float scale,
                      const float *sum, float *x, const float *weight, float eps, uint16_t *h);
-/* h[i][D] = rmsnorm(x[rows[i]] + sum[rows[i]]) * weight; x is left alone. rows: [row_count], device. */
+/* h[i][D] = rmsnorm(x[rows[i]] + sum[rows[i]]) * weight; x is left alone. rows: [row_count],
+ * device. */
 int kernels_add_norm_rows(kernels_stream stream, const int32_t *rows, int row_count, int hidden,
                           const float *sum, const float *x, const float *weight, float eps,
                           uint16_t *h);
-/* sum[count] = tree sum over ranks of gathered[ranks][count] (after ncclAllGather; comm.h's tree). */
+/* sum[count] = tree sum over ranks of gathered[ranks][count] (after ncclAllGather; comm.h's tree).
+ */
 int kernels_rank_tree(kernels_stream stream, int64_t count, int ranks, const float *gathered,
                       float *sum);
 
@@ -105,7 +108,8 @@ int kernels_rank_tree(kernels_stream stream, int64_t count, int ranks, const flo
 /* For every matrix of the model: row_tiles_max = largest row_tiles. */
 size_t kernels_product_workspace_bytes(int row_tiles_max);
 /* COLUMN, ROW: out[T][N] fp32 = in[T][K] (bf16) W^T. ROW: +0.0f on each slab's partial, the slabs
- * along the tree, all -0.0f when no slab has columns. Any T: more than 64 rows go in groups of 64. */
+ * along the tree, all -0.0f when no slab has columns. Any T: more than 64 rows go in groups of 64.
+ */
 int kernels_product(kernels_stream stream, enum kernels_mode mode, int rows,
                     const struct kernels_matrix *m, const uint16_t *in, float *out,
                     void *workspace);
@@ -141,8 +145,9 @@ struct kernels_heads {
     float norm_eps;
     const float *rope_cos, *rope_sin; /* [positions][hd / 2] */
 };
-/* raw: [T][(H + 2 G) hd] fp32 from kernels_product with the qkv matrix. q[T][H][hd] fp32 = rope(norm(. + bias));
- * keys and values of the rows go to their pages. Bits as the CPU's for equal raw. */
+/* raw: [T][(H + 2 G) hd] fp32 from kernels_product with the qkv matrix. q[T][H][hd] fp32 =
+ * rope(norm(. + bias)); keys and values of the rows go to their pages. Bits as the CPU's for equal
+ * raw. */
 int kernels_heads_append(kernels_stream stream, int rows, const struct kernels_row *row,
                          const int32_t *pages, struct kernels_heads spec, struct kernels_kv kv,
                          const float *raw, float *q);
@@ -190,9 +195,9 @@ struct kernels_thinker {
     int32_t close_watch; /* index of the close marker among the probe's watched ids; -1: none */
     int32_t slot;        /* index into params, states and decisions */
 };
-/* gathered: [ranks][probe_count] records. decisions[slot] for each of the `count` thinkers; states move
- * on. status[slot]: 1 decided, 0 the list was too short (state unchanged, ask for the whole row),
- * -1 the row has no finite maximum. */
+/* gathered: [ranks][probe_count] records. decisions[slot] for each of the `count` thinkers; states
+ * move on. status[slot]: 1 decided, 0 the list was too short (state unchanged, ask for the whole
+ * row), -1 the row has no finite maximum. */
 int kernels_think(kernels_stream stream, int count, const struct kernels_thinker *thinkers,
                   struct kernels_probes batch, int ranks, const void *gathered,
                   const struct think_params *params, struct think_state *states,

@@ -5,11 +5,12 @@
  * takes one part of K (a slab, or an eighth) of MT row tiles, from its first to its last tile; the
  * partial sums of a block's 8 warps meet in shared memory and are added along the slab tree:
  *
- *   warp w = (group, part, piece)       8 slabs: 1 group, 8 parts     1 slab, deterministic: 8 groups
- *   shared  [warp][8 NT columns][16 MT rows + 4] fp32                 1 slab, fast: 8 pieces of the part
+ *   warp = (group of row tiles, part, piece of the part)
+ *          8 slabs: 1, 8, 1     1 slab, deterministic: 8, 1, 1     1 slab, fast: 1, 1, 8
+ *   shared [warp][8 NT columns][16 MT rows + 4] fp32
  *
- * Weights are read once, 16 bytes a lane, straight into the operand's registers; activations 8 bytes
- * a lane from L1 and L2, unless K or a slab border is no multiple of 4 (toy models).
+ * Weights are read once, 16 bytes a lane, straight into the operand's registers; activations 8
+ * bytes a lane from L1 and L2, unless K or a slab border is no multiple of 4 (toy models).
  * Epilogues: store fp32, or SwiGLU (a tile holds 8 gate rows and their up rows). gemv.cu takes over
  * for up to 4 rows in fast mode.
  */
@@ -130,7 +131,8 @@ static __global__ void __launch_bounds__(PRODUCT_THREADS, NT > 4 ? 1 : 2)
                     present ? acc[i][j][e] + 0.0f : -0.0f;
     __syncthreads();
 
-    /* outputs of the block: [groups][COLUMNS][HEIGHT], height fastest: neighbours store neighbours */
+    /* outputs of the block: [groups][COLUMNS][HEIGHT], height fastest: neighbours store neighbours
+     */
     for (int i = (int)threadIdx.x; i < groups * COLUMNS * HEIGHT; i += PRODUCT_THREADS) {
         const int height = i % HEIGHT, column = i / HEIGHT % COLUMNS,
                   group = i / (HEIGHT * COLUMNS);

@@ -1,4 +1,5 @@
-/* rows.cu: what happens to whole rows: the embedding mixture, residual + RMSNorm, the tree over ranks.
+/* rows.cu: what happens to whole rows: the embedding mixture, residual + RMSNorm, the tree over
+ * ranks.
  *
  * The mixture does the CPU's operations in the CPU's order and gives its bits. The norm sums
  * squares in an order of its own (a block per row), which depends on D only; against the CPU it is
@@ -62,8 +63,8 @@ extern "C" int kernels_embed_mix(kernels_stream stream, int rows, const int32_t 
 /* ---- norms ---- */
 
 /* One block per row. x: read; x_out: the new residual, NULL when it is not wanted. V values at a
- * time: 4 when D is a multiple of 4, else 1. A thread keeps nothing between the two passes but reads
- * back what it wrote, or adds again. */
+ * time: 4 when D is a multiple of 4, else 1. A thread keeps nothing between the two passes but
+ * reads back what it wrote, or adds again. */
 template <int V>
 static __global__ void __launch_bounds__(NORM_THREADS)
     add_norm(const int32_t *rows, int hidden, bool first, float scale, const float *sum,
@@ -128,7 +129,8 @@ extern "C" int kernels_add_norm_rows(kernels_stream stream, const int32_t *rows,
 
 /* ---- the tree over ranks ---- */
 
-/* Adjacent pairs, an odd one out moves up: a binary counter of partial sums, as in the CPU backend. */
+/* Adjacent pairs, an odd one out moves up: a binary counter of partial sums, as in the CPU backend.
+ */
 static __global__ void __launch_bounds__(TREE_THREADS)
     rank_tree(int64_t count, int ranks, const float *gathered, float *sum) {
     const int64_t i = (int64_t)blockIdx.x * TREE_THREADS + threadIdx.x;

@@ -1,9 +1,10 @@
 /* think.cu: the thinking step on the device: the ranks' records of a row to its decision.
  *
- * A block per row. Threads merge the ranks' candidate lists by counting how many keys are larger (at
- * most 64 x 64 of them, ids are distinct); thread 0 joins the statistics along the tree over ranks
- * and runs think_step_row of src/think, the very code of the host. Every rank does this on the
- * same gathered bytes and comes to the same decision. No libm, no fused arithmetic: the bits are the host's.
+ * A block per row. Threads merge the ranks' candidate lists by counting how many keys are larger
+ * (at most 64 x 64 of them, ids are distinct); thread 0 joins the statistics along the tree over
+ * ranks and runs think_step_row of src/think, the very code of the host. Every rank does this on
+ * the same gathered bytes and comes to the same decision. No libm, no fused arithmetic: the bits
+ * are the host's.
  */
 #include "backend/batch.h"
 #include "kernels/device.cuh"

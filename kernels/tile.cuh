@@ -21,8 +21,8 @@ static __device__ __forceinline__ int64_t matrix_offset(const struct kernels_mat
     return (row_tile * m->col_tiles + col_tile) * TILE_ELEMENTS + tile_offset(row, quad);
 }
 
-/* Columns and column tiles count from 0 together: no slab but the last has a partly filled tile, and four
- * columns of a row can be read at once. */
+/* Columns and column tiles count from 0 together: no slab but the last has a partly filled tile,
+ * and four columns of a row can be read at once. */
 static inline bool matrix_is_dense(const struct kernels_matrix *m) {
     for (int p = 0; p <= m->part_count; p++)
         if (m->part_begin[p] != m->part_tile[p] * KERNELS_TILE && m->part_begin[p] != m->cols)

@@ -1,12 +1,12 @@
 /* l_kernels.c: the CUDA kernels, run on the CPU by the fibre emulation, against the CPU backend.
  *
- * Where a kernel does the CPU's operations in the CPU's order the bits must be equal (mixture, heads,
- * attention inside one split, candidates' lists, decisions); elsewhere a double reference and the
- * bounds of verification.md section 7 decide. Outputs have guards around them, the emulated shared
- * memory has its exact size. What this cannot show: a GPU's memory order, blocks that run at once,
- * the tensor core's own rounding, or speed.
- * test_l_kernels_gpu is this very file against the library nvcc made: "device" pointers are ordinary
- * memory there too, which a driver with heterogeneous memory management allows; else it is skipped.
+ * Where a kernel does the CPU's operations in the CPU's order the bits must be equal (mixture,
+ * heads, attention inside one split, candidates' lists, decisions); elsewhere a double reference
+ * and the bounds of verification.md section 7 decide. Outputs have guards around them, the emulated
+ * shared memory has its exact size. What this cannot show: a GPU's memory order, blocks that run at
+ * once, the tensor core's own rounding, or speed. test_l_kernels_gpu is this very file against the
+ * library nvcc made: "device" pointers are ordinary memory there too, which a driver with
+ * heterogeneous memory management allows; else it is skipped.
  */
 #include "f_backend.h"
 #include "kernels/kernels.h"
@@ -14,7 +14,8 @@
 
 extern int kernels_sm_count; /* few multiprocessors: a block then works on several row tiles */
 
-/* Emulated launches are over when they return; on a device (test_l_kernels_gpu) they are waited for. */
+/* Emulated launches are over when they return; on a device (test_l_kernels_gpu) they are waited
+ * for. */
 #define LAUNCH(call)                     \
     do {                                 \
         CHECK_EQ((call), 0);             \
@@ -312,7 +313,8 @@ struct heads_case {
         int rows, position;
     } segment[4];
 };
-/* ratios 1, 3, 4, 5, 7, 8 and 9 (two tiles), head dims down to 6, chunks, pages and splits begun and ended anywhere */
+/* ratios 1, 3, 4, 5, 7, 8 and 9 (two tiles), head dims down to 6, chunks, pages and splits begun
+ * and ended anywhere */
 static const struct heads_case heads_cases[] = {
     {5, 1, 128, true, false, 3, {{1, 0}, {1, 63}, {2, 126}}},
     {8, 1, 128, false, true, 2, {{1, 255}, {3, 62}}},
@@ -326,7 +328,8 @@ static const struct heads_case heads_cases[] = {
 };
 enum { PAGES = 24, PAGE_LIST = 12, POSITIONS = 768, HEADS_T = 8 };
 
-/* The whole sequence of every segment up to its position is fed first, in chunks; then the segments themselves. */
+/* The whole sequence of every segment up to its position is fed first, in chunks; then the segments
+ * themselves. */
 static void heads_run(const struct heads_case *c, uint64_t seed) {
     const int H = c->H, G = c->G, hd = c->hd, N = (H + 2 * G) * hd, D = HEADS_T;
     backend *be = level_open(0, 1, HEADS_T);
@@ -405,7 +408,8 @@ static void heads_run(const struct heads_case *c, uint64_t seed) {
             context_max = done[s] > context_max ? done[s] : context_max;
             T += n;
         }
-        /* activations are unit vectors, column r of the weights is row r of raw: the product is exact */
+        /* activations are unit vectors, column r of the weights is row r of raw: the product is
+         * exact */
         awkward_fill(seed + 100 + (uint64_t)round, raw, HEADS_T * N);
         bf16 h[HEADS_T * HEADS_T] = {0};
         for (int i = 0; i < HEADS_T; i++) h[i * D + i] = 0x3f80;

@@ -1,4 +1,5 @@
-/* cuda_fibre.h: CUDA's execution model on one CPU thread, enough of it to run the kernels under g++.
+/* cuda_fibre.h: CUDA's execution model on one CPU thread, enough of it to run the kernels under
+ * g++.
  *
  * Every thread of a block is a fibre (ucontext) with its own stack; blocks run one after the other.
  * A fibre runs until it meets a barrier and then lets the next one run:
