@@ -54,9 +54,11 @@ int alive;
 bool moved; /* somebody got past a barrier, or returned, in this round */
 fibre_body *body;
 void *body_context;
+#ifdef FIBRE_SANITIZED
 const void *scheduler_stack;
 size_t scheduler_stack_bytes;
 void *scheduler_fake_stack;
+#endif
 
 void to_scheduler(bool last) {
 #ifdef FIBRE_SANITIZED
