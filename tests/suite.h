@@ -32,30 +32,30 @@ unsigned suite_total_failures(unsigned mine);
 void suite_teardown(void);
 
 /* Fails with both operands printed. */
-#define CHECK_EQ(a, b)                                                                             \
-    do {                                                                                           \
-        const long long check_a_ = (long long)(a), check_b_ = (long long)(b);                      \
-        if (check_a_ != check_b_)                                                                  \
-            printf("\n    %s:%d: %s = %lld, %s = %lld\n", __FILE__, __LINE__, #a, check_a_, #b,    \
-                   check_b_);                                                                      \
-        CU_ASSERT(check_a_ == check_b_);                                                           \
+#define CHECK_EQ(a, b)                                                                          \
+    do {                                                                                        \
+        const long long check_a_ = (long long)(a), check_b_ = (long long)(b);                   \
+        if (check_a_ != check_b_)                                                               \
+            printf("\n    %s:%d: %s = %lld, %s = %lld\n", __FILE__, __LINE__, #a, check_a_, #b, \
+                   check_b_);                                                                   \
+        CU_ASSERT(check_a_ == check_b_);                                                        \
     } while (0)
-#define CHECK_NEAR(a, b, tolerance)                                                                \
-    do {                                                                                           \
-        const double check_a_ = (double)(a), check_b_ = (double)(b);                               \
-        const int check_near_ = fabs(check_a_ - check_b_) <= (tolerance);                          \
-        if (!check_near_)                                                                          \
-            printf("\n    %s:%d: %s = %.9g, %s = %.9g, tolerance %.3g\n", __FILE__, __LINE__, #a,  \
-                   check_a_, #b, check_b_, (double)(tolerance));                                   \
-        CU_ASSERT(check_near_);                                                                    \
+#define CHECK_NEAR(a, b, tolerance)                                                               \
+    do {                                                                                          \
+        const double check_a_ = (double)(a), check_b_ = (double)(b);                              \
+        const int check_near_ = fabs(check_a_ - check_b_) <= (tolerance);                         \
+        if (!check_near_)                                                                         \
+            printf("\n    %s:%d: %s = %.9g, %s = %.9g, tolerance %.3g\n", __FILE__, __LINE__, #a, \
+                   check_a_, #b, check_b_, (double)(tolerance));                                  \
+        CU_ASSERT(check_near_);                                                                   \
     } while (0)
-#define CHECK_STR(a, b)                                                                            \
-    do {                                                                                           \
-        const char *check_a_ = (a), *check_b_ = (b);                                               \
-        if (strcmp(check_a_, check_b_) != 0)                                                       \
-            printf("\n    %s:%d: %s = \"%s\", want \"%s\"\n", __FILE__, __LINE__, #a, check_a_,    \
-                   check_b_);                                                                      \
-        CU_ASSERT(strcmp(check_a_, check_b_) == 0);                                                \
+#define CHECK_STR(a, b)                                                                         \
+    do {                                                                                        \
+        const char *check_a_ = (a), *check_b_ = (b);                                            \
+        if (strcmp(check_a_, check_b_) != 0)                                                    \
+            printf("\n    %s:%d: %s = \"%s\", want \"%s\"\n", __FILE__, __LINE__, #a, check_a_, \
+                   check_b_);                                                                   \
+        CU_ASSERT(strcmp(check_a_, check_b_) == 0);                                             \
     } while (0)
 /* Equal bytes, first difference printed. */
 int suite_equal_bytes(const char *what, const void *a, const void *b, size_t n);

@@ -65,7 +65,8 @@ struct batch_pair {
 /* One node of the slab tree for the statistics (cpu.md §3.1): a = a + b. The same function joins
  * the slabs of a rank and, on rank 0, the ranks. An operand with m = -inf is absent. m is finite
  * otherwise. */
-static inline SFUMATO_DEVICE void batch_stats_join(float *m, float *s, float *q, float m_b, float s_b, float q_b) {
+static inline SFUMATO_DEVICE void batch_stats_join(float *m, float *s, float *q, float m_b,
+                                                   float s_b, float q_b) {
     if (m_b == -INFINITY) return;
     if (*m == -INFINITY) {
         *m = m_b;
@@ -83,7 +84,8 @@ static inline SFUMATO_DEVICE void batch_stats_join(float *m, float *s, float *q,
     *s = c * *s + c_b * s_b;
     *q = part + part_b;
 }
-static inline SFUMATO_DEVICE int64_t batch_record_bytes(int32_t candidate_count, int32_t watch_max) {
+static inline SFUMATO_DEVICE int64_t batch_record_bytes(int32_t candidate_count,
+                                                        int32_t watch_max) {
     return (int64_t)sizeof(struct batch_record) +
            (int64_t)sizeof(struct batch_pair) * (candidate_count + watch_max);
 }

@@ -17,17 +17,17 @@
 #include <stddef.h>
 
 /* name, value (1..7 are the process exit codes of cli.md), what it means */
-#define STATUS_LIST(X)                                                    \
-    X(OK, 0, "ok")                                                        \
-    X(PARTIAL, 1, "some lines failed or requests were aborted")           \
-    X(USAGE, 2, "bad command line or configuration")                      \
-    X(MODEL, 3, "the model or one of its files is unusable")              \
-    X(MEMORY, 4, "not enough memory")                                     \
-    X(COMM, 5, "communication between ranks failed")                      \
-    X(WATCHDOG, 6, "a step took too long")                                \
-    X(BUG, 7, "a broken invariant")                                       \
-    X(REQUEST, 16, "one request is invalid; the process goes on")         \
-    X(BUSY, 17, "no room now; try again later")                           \
+#define STATUS_LIST(X)                                            \
+    X(OK, 0, "ok")                                                \
+    X(PARTIAL, 1, "some lines failed or requests were aborted")   \
+    X(USAGE, 2, "bad command line or configuration")              \
+    X(MODEL, 3, "the model or one of its files is unusable")      \
+    X(MEMORY, 4, "not enough memory")                             \
+    X(COMM, 5, "communication between ranks failed")              \
+    X(WATCHDOG, 6, "a step took too long")                        \
+    X(BUG, 7, "a broken invariant")                               \
+    X(REQUEST, 16, "one request is invalid; the process goes on") \
+    X(BUSY, 17, "no room now; try again later")                   \
     X(END, 18, "no more input")
 
 enum status {
@@ -67,30 +67,30 @@ const char *fail_text(void);
 enum status fail_prefix(enum status s, const char *format, ...)
     __attribute__((format(printf, 2, 3)));
 
-#define TRY(expression)                                  \
-    do {                                                 \
-        const enum status try_status_ = (expression);    \
+#define TRY(expression)                                   \
+    do {                                                  \
+        const enum status try_status_ = (expression);     \
         if (try_status_ != STATUS_OK) return try_status_; \
     } while (0)
 
 /* Needs `enum status status` in scope; the label is by convention the only one: `out`. */
-#define TRY_GOTO(expression, label)              \
-    do {                                         \
-        status = (expression);                   \
-        if (status != STATUS_OK) goto label;     \
+#define TRY_GOTO(expression, label)          \
+    do {                                     \
+        status = (expression);               \
+        if (status != STATUS_OK) goto label; \
     } while (0)
 
 /* Broken invariants. The operand forms print both values. */
-#define ASSERT(condition)                                                     \
-    do {                                                                      \
-        if (__builtin_expect(!(condition), 0))                                \
-            check_bug(__FILE__, __LINE__, #condition, false, 0, 0);           \
+#define ASSERT(condition)                                           \
+    do {                                                            \
+        if (__builtin_expect(!(condition), 0))                      \
+            check_bug(__FILE__, __LINE__, #condition, false, 0, 0); \
     } while (0)
-#define ASSERT_OP_(a, op, b)                                                                       \
-    do {                                                                                           \
-        const long long assert_a_ = (long long)(a), assert_b_ = (long long)(b);                    \
-        if (__builtin_expect(!(assert_a_ op assert_b_), 0))                                        \
-            check_bug(__FILE__, __LINE__, #a " " #op " " #b, true, assert_a_, assert_b_);          \
+#define ASSERT_OP_(a, op, b)                                                              \
+    do {                                                                                  \
+        const long long assert_a_ = (long long)(a), assert_b_ = (long long)(b);           \
+        if (__builtin_expect(!(assert_a_ op assert_b_), 0))                               \
+            check_bug(__FILE__, __LINE__, #a " " #op " " #b, true, assert_a_, assert_b_); \
     } while (0)
 #define ASSERT_EQ(a, b) ASSERT_OP_(a, ==, b)
 #define ASSERT_LT(a, b) ASSERT_OP_(a, <, b)

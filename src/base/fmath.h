@@ -20,9 +20,9 @@
 #define FMATH_EXP_MIN (-87.0f)
 #define FMATH_EXP_MAX 88.0f
 #define FMATH_LOG2E 1.44269504088896341f
-#define FMATH_LN2_HIGH 0.693145751953125f          /* 15 bits: n * LN2_HIGH is exact for |n| < 2^9 */
+#define FMATH_LN2_HIGH 0.693145751953125f /* 15 bits: n * LN2_HIGH is exact for |n| < 2^9 */
 #define FMATH_LN2_LOW 1.428606765330187045e-06f
-#define FMATH_ROUND_MAGIC 12582912.0f              /* 1.5 * 2^23: adding it rounds to an integer */
+#define FMATH_ROUND_MAGIC 12582912.0f /* 1.5 * 2^23: adding it rounds to an integer */
 /* e^r on |r| <= ln2/2: 1 + r + r^2 (C2 + r (C3 + ... + r C7)); coefficients as in Cephes expf (Moshier) */
 #define FMATH_EXP_C2 5.0000001201e-1f
 #define FMATH_EXP_C3 1.6666665459e-1f

@@ -34,9 +34,9 @@ typedef struct shard_map {
     int slabs, ranks, rank; /* S, R, r */
     int slab_begin, slab_count;
     int64_t vocab_begin[SHARD_SLABS_MAX + 1];
-    int64_t ffn_begin[SHARD_SLABS_MAX + 1];  /* columns */
-    int head_begin[SHARD_SLABS_MAX + 1];     /* query heads */
-    int kv_begin, kv_end;                    /* kv heads stored, global indices; empty when no heads */
+    int64_t ffn_begin[SHARD_SLABS_MAX + 1]; /* columns */
+    int head_begin[SHARD_SLABS_MAX + 1];    /* query heads */
+    int kv_begin, kv_end; /* kv heads stored, global indices; empty when no heads */
 } shard_map;
 
 /* floor(i*S/n), and the first unit whose slab is >= s: ceil(s*n/S). */
