@@ -107,9 +107,9 @@ def test_bench_step_smoke():
 
 @pytest.mark.slow
 def test_bench_others_smoke():
-    assert b"candidates" in launch("bench", "sampler", "--quiet", "--rounds", "3").out
+    assert b"candidates" in launch("bench", "sampler", "--quiet", "--rounds", "3", model=None).out
     assert launch("bench", "tokenizer", "--quiet").status == 0
-    alone = launch("bench", "comm", "--quiet")
+    alone = launch("bench", "comm", "--quiet", model=None)
     assert alone.status == 2 and "two ranks" in alone.messages[0]
 
 
