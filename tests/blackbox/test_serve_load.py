@@ -75,7 +75,8 @@ def test_R8_exactly_the_limit_is_admitted():
 
 
 def test_R8_status_by_flag_and_queued_tokens():
-    with Server("--max-num-seqs", "1", "--max-num-queued-reqs", "1", "--overload-status", "429", ranks=0) as server:
+    slow = {"SFUMATO_FAULT": "delay:0:10"}  # or the first reply ends before the third request comes
+    with Server("--max-num-seqs", "1", "--max-num-queued-reqs", "1", "--overload-status", "429", ranks=0, env=slow) as server:
         with server.open_stream("/v1/completions", LONG) as events:
             next(events)
             with raw_socket(server) as s:
