@@ -1,12 +1,13 @@
 # sfumato_emulated: the whole program with --backend cuda and --comm nccl on a machine without a GPU. The
 # kernels run on the fibre emulation, the CUDA runtime and NCCL are stubs (stub/); everything between,
-# cuda.c, cuda_step.c, comm_device.c, comm_nccl.c and the engine on them, is the product's own source.
+# backend/cuda*.c, comm_device.c, comm_nccl.c and the engine on them, is the product's own source.
 if(NOT TARGET sf_kernels_fibre OR NOT TARGET sf_cmd)
   return()
 endif()
 set(own ${CMAKE_SOURCE_DIR}/src)
+file(GLOB cuda_backend CONFIGURE_DEPENDS ${own}/backend/cuda*.c)
 add_executable(sfumato_emulated ${own}/main.c ${own}/cmd/host.c ${own}/base/params.c ${own}/comm/comm.c
-               ${own}/comm/comm_nccl.c ${own}/backend/cuda.c ${own}/backend/cuda_step.c stub/cuda_stub.c)
+               ${own}/comm/comm_nccl.c ${cuda_backend} stub/cuda_stub.c)
 target_compile_definitions(sfumato_emulated PRIVATE _GNU_SOURCE SFUMATO_WITH_CUDA SFUMATO_WITH_NCCL)
 target_include_directories(sfumato_emulated BEFORE PRIVATE stub)
 # the archives' own copies of these files are not pulled in: their names are here already

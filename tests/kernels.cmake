@@ -1,5 +1,8 @@
 # The CUDA kernels without a GPU: compiled by g++ over the fibre emulation and compared with the CPU backend
-# (l_kernels); compiled by nvcc for every architecture, spills refused (l_spills_*).
+# (l_*.c); compiled by nvcc for every architecture, spills refused (l_spills_*).
+# Every l_*.c is a suite of its own.
+file(GLOB kernel_suites CONFIGURE_DEPENDS RELATIVE ${CMAKE_CURRENT_SOURCE_DIR} l_*.c)
+list(TRANSFORM kernel_suites REPLACE "\\.c$" "")
 include(CheckLanguage)
 check_language(CXX)
 if(CMAKE_CXX_COMPILER)
@@ -13,21 +16,25 @@ if(CMAKE_CXX_COMPILER)
                              PRIVATE ${CMAKE_SOURCE_DIR}/src)
   target_compile_options(sf_kernels_fibre PRIVATE -ffp-contract=off -fno-strict-aliasing -Wall -Wextra
                          -Wno-unknown-pragmas -Wno-array-bounds) # g++ cannot know that lists have at most 64 entries
-  add_executable(test_l_kernels l_kernels.c)
-  target_compile_definitions(test_l_kernels PRIVATE _GNU_SOURCE)
-  target_link_libraries(test_l_kernels PRIVATE test_support sf_kernels_fibre sf_backend sf_think PkgConfig::CUNIT)
-  set_target_properties(test_l_kernels PROPERTIES LINKER_LANGUAGE CXX)
-  add_test(NAME l_kernels COMMAND test_l_kernels)
-  set_tests_properties(l_kernels PROPERTIES ENVIRONMENT "${test_env}" TIMEOUT 240)
+  foreach(suite ${kernel_suites})
+    add_executable(test_${suite} ${suite}.c)
+    target_compile_definitions(test_${suite} PRIVATE _GNU_SOURCE)
+    target_link_libraries(test_${suite} PRIVATE test_support sf_kernels_fibre sf_backend sf_think PkgConfig::CUNIT)
+    set_target_properties(test_${suite} PROPERTIES LINKER_LANGUAGE CXX)
+    add_test(NAME ${suite} COMMAND test_${suite})
+    set_tests_properties(${suite} PROPERTIES ENVIRONMENT "${test_env}" TIMEOUT 240)
+  endforeach()
 endif()
 
-# The same suite on a device, where there is one.
+# The same suites on a device, where there is one.
 if(SFUMATO_HAVE_CUDA)
-  add_executable(test_l_kernels_gpu l_kernels.c)
-  target_compile_definitions(test_l_kernels_gpu PRIVATE _GNU_SOURCE)
-  target_link_libraries(test_l_kernels_gpu PRIVATE test_support sf_kernels sf_backend sf_think PkgConfig::CUNIT)
-  add_test(NAME l_kernels_gpu COMMAND test_l_kernels_gpu)
-  set_tests_properties(l_kernels_gpu PROPERTIES ENVIRONMENT "${test_env}" TIMEOUT 240 SKIP_RETURN_CODE 77)
+  foreach(suite ${kernel_suites})
+    add_executable(test_${suite}_gpu ${suite}.c)
+    target_compile_definitions(test_${suite}_gpu PRIVATE _GNU_SOURCE)
+    target_link_libraries(test_${suite}_gpu PRIVATE test_support sf_kernels sf_backend sf_think PkgConfig::CUNIT)
+    add_test(NAME ${suite}_gpu COMMAND test_${suite}_gpu)
+    set_tests_properties(${suite}_gpu PROPERTIES ENVIRONMENT "${test_env}" TIMEOUT 240 SKIP_RETURN_CODE 77)
+  endforeach()
 endif()
 
 find_package(Python3 COMPONENTS Interpreter QUIET)

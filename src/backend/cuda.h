@@ -1,7 +1,8 @@
 /* cuda.h: what the files of the CUDA backend share. CUDA headers are included by these files only.
  *
  *   cuda.c          table of verbs, the device, memory, weights, waiting, open and close
- *   cuda_step.c     a step: the batch on the device, and the verbs over kernels/kernels.h
+ *   cuda_step.c     a step: the batch on the device, embedding, norms, answers
+ *   cuda_attention.c, cuda_products.c    the other verbs over kernels/kernels.h
  *
  * One stream; a verb queues kernels and returns. The host waits in two places: `read` and
  * `candidates`, whose answers the engine decides on (a host-synchronous step). There are no CUDA
@@ -90,7 +91,6 @@ enum status cuda_grow(struct cuda *cuda, struct cuda_buffer *buffer, size_t byte
 void cuda_wait(struct cuda *cuda);
 
 /* cuda_step.c */
-enum status cuda_kv_new(backend *b, const struct kv_spec *spec);
 void cuda_begin(backend *b, const struct batch *batch);
 void cuda_embed_mix(backend *b, const struct batch *batch, const matrix *embed, int slab_count,
                     const int64_t *vocab_begin, float *out);
@@ -99,16 +99,21 @@ void cuda_add_norm(backend *b, int rows, int hidden, bool first, float scale, co
 void cuda_add_norm_rows(backend *b, const int32_t *rows, int row_count, int hidden,
                         const float *sum, const float *x, const float *weight, float eps,
                         enum backend_dtype dtype, void *h);
-void cuda_qkv(backend *b, const struct batch *batch, const struct attention_spec *spec,
-              const void *h, float *q);
-void cuda_attention(backend *b, const struct batch *batch, const struct attention_spec *spec,
-                    const float *q, enum backend_dtype dtype, void *o);
-void cuda_row_matmul(backend *b, int rows, const matrix *w, const void *in, float *partial);
-void cuda_gate_up(backend *b, int rows, const matrix *w, const void *h, void *act);
-void cuda_logits(backend *b, int rows, const matrix *w, const void *h, float *logits);
 void cuda_candidates(backend *b, const struct batch *batch, const float *logits, int slab_count,
                      const int64_t *vocab_begin, int64_t vocab_count, void *records);
 void cuda_probe_logits(backend *b, const struct batch *batch, int probe, const float *logits,
                        int slab_count, const int64_t *vocab_begin, int64_t vocab_count, float *out);
+
+/* cuda_attention.c */
+enum status cuda_kv_new(backend *b, const struct kv_spec *spec);
+void cuda_qkv(backend *b, const struct batch *batch, const struct attention_spec *spec,
+              const void *h, float *q);
+void cuda_attention(backend *b, const struct batch *batch, const struct attention_spec *spec,
+                    const float *q, enum backend_dtype dtype, void *o);
+
+/* cuda_products.c */
+void cuda_row_matmul(backend *b, int rows, const matrix *w, const void *in, float *partial);
+void cuda_gate_up(backend *b, int rows, const matrix *w, const void *h, void *act);
+void cuda_logits(backend *b, int rows, const matrix *w, const void *h, float *logits);
 
 #endif

@@ -1,4 +1,4 @@
-/* cuda_step.c: one step on the GPU: the batch goes over in one copy, then verb by verb.
+/* cuda_step.c: one step on the GPU: the batch goes over in one copy; embedding, norms, answers.
  *
  *   begin   rows | pages | mix_begin | mix_ids | mix_weights | logit_rows | probes | edits | watch_ids
  *           └── written side by side into one pinned buffer, each part on a 16-byte border, one DMA ──┘
@@ -14,11 +14,7 @@
 
 #include "backend/cuda.h"
 
-enum {
-    PART_ALIGN = 16,
-    ATTENTION_ROWS = 64, /* rows whose splits run side by side; more walk theirs in turn */
-    ATTENTION_BYTES_MAX = 256 << 20, /* of the workspace */
-};
+enum { PART_ALIGN = 16 };
 
 /* ---- the batch ---- */
 
@@ -178,129 +174,6 @@ void cuda_add_norm_rows(backend *b, const int32_t *rows, int row_count, int hidd
     cuda_must(
         kernels_add_norm_rows(cuda->stream, on_device, row_count, hidden, sum, x, weight, eps, h),
         "final norm");
-}
-
-/* ---- attention ---- */
-
-enum status cuda_kv_new(backend *b, const struct kv_spec *spec) {
-    struct cuda *cuda = cuda_of(b);
-    ASSERT(!cuda->kv.data);
-    if (spec->dtype != BACKEND_BF16) {
-        return fail(STATUS_USAGE,
-                    "the CUDA backend keeps keys and values in bf16: use --kv-dtype "
-                    "bf16");
-    }
-    if (spec->head_dim > KERNELS_HEAD_DIM_MAX || spec->heads > CUDA_HEADS_MAX) {
-        return fail(STATUS_USAGE,
-                    "the CUDA kernels take heads of at most %d dimensions, and %d of them",
-                    (int)KERNELS_HEAD_DIM_MAX, (int)CUDA_HEADS_MAX);
-    }
-    struct kernels_kv kv = {.layers = spec->layers,
-                            .page_count = spec->page_count,
-                            .kv_heads = spec->kv_heads,
-                            .head_dim = spec->head_dim};
-    const size_t bytes = kernels_kv_bytes(&kv), scratch = b->scratch_bytes;
-    kv.data = b->ops->alloc(b, bytes, "KV cache");
-    if (!kv.data) return STATUS_MEMORY;
-    b->scratch_bytes = scratch;
-    b->kv_bytes += bytes;
-    cuda->kv = kv;
-
-    const size_t width = (size_t)(spec->heads + 2 * spec->kv_heads) * (size_t)spec->head_dim;
-    TRY(cuda_grow(cuda, &cuda->raw, sizeof(float) * (size_t)cuda->rows_max * width,
-                  "queries, keys and values of a step"));
-    const int rows = cuda->rows_max < ATTENTION_ROWS ? cuda->rows_max : ATTENTION_ROWS;
-    size_t room =
-        kernels_attention_workspace_bytes(rows, spec->heads, spec->head_dim, spec->positions_max);
-    if (room > ATTENTION_BYTES_MAX) room = ATTENTION_BYTES_MAX;
-    return cuda_grow(cuda, &cuda->attention, room, "workspace of the attention");
-}
-
-/* Runs of query heads that read one kv head; the same in every layer, so usually there is nothing
- * to do. */
-static void make_tiles(struct cuda *cuda, const struct attention_spec *spec) {
-    struct kernels_tile tiles[CUDA_HEADS_MAX];
-    const size_t bytes = sizeof *spec->kv_of_head * (size_t)spec->heads;
-    ASSERT_LE(spec->heads, CUDA_HEADS_MAX);
-    if (cuda->head_count == spec->heads && memcmp(cuda->kv_of_head, spec->kv_of_head, bytes) == 0)
-        return;
-    int count = 0;
-    for (int h = 0; h < spec->heads; h++) {
-        struct kernels_tile *last = count > 0 ? &tiles[count - 1] : NULL;
-        if (last && last->kv_head == spec->kv_of_head[h] && last->head_count < KERNELS_HEADS_TILE) {
-            last->head_count++;
-        } else {
-            tiles[count++] = (struct kernels_tile){h, 1, spec->kv_of_head[h]};
-        }
-    }
-    memcpy(cuda->kv_of_head, spec->kv_of_head, bytes);
-    cuda->head_count = spec->heads;
-    cuda->tile_count = count;
-    cuda_must((int)cudaMemcpyAsync(cuda->tiles, tiles, sizeof *tiles * (size_t)count,
-                                   cudaMemcpyHostToDevice, cuda->stream),
-              "head tiles");
-}
-
-void cuda_qkv(backend *b, const struct batch *batch, const struct attention_spec *spec,
-              const void *h, float *q) {
-    struct cuda *cuda = cuda_of(b);
-    const int rows = batch->row_count;
-    const struct kernels_heads heads = {.heads = spec->heads,
-                                        .layer = spec->layer,
-                                        .bias = spec->bias,
-                                        .q_norm = spec->q_norm,
-                                        .k_norm = spec->k_norm,
-                                        .norm_eps = spec->norm_eps,
-                                        .rope_cos = spec->rope_cos,
-                                        .rope_sin = spec->rope_sin};
-    ASSERT_EQ(rows, cuda->batch.row_count);
-    ASSERT_LE(sizeof(float) * (size_t)rows * (size_t)spec->qkv->shape.rows, cuda->raw.bytes);
-    cuda_must(kernels_product(cuda->stream, cuda->mode, rows, &spec->qkv->shape, h, cuda->raw.data,
-                              cuda->product.data),
-              "product of q, k and v");
-    cuda_must(kernels_heads_append(cuda->stream, rows, cuda->batch.rows, cuda->batch.pages, heads,
-                                   cuda->kv, cuda->raw.data, q),
-              "heads");
-}
-
-void cuda_attention(backend *b, const struct batch *batch, const struct attention_spec *spec,
-                    const float *q, enum backend_dtype dtype, void *o) {
-    struct cuda *cuda = cuda_of(b);
-    ASSERT(dtype == BACKEND_BF16);
-    ASSERT_EQ(batch->row_count, cuda->batch.row_count);
-    make_tiles(cuda, spec);
-    cuda_must(kernels_attention(cuda->stream, batch->row_count, cuda->batch.rows, cuda->batch.pages,
-                                spec->layer, spec->heads, cuda->tiles, cuda->tile_count, cuda->kv,
-                                cuda->batch.context_max, q, o, cuda->attention.data,
-                                cuda->attention.bytes),
-              "attention");
-}
-
-/* ---- products ---- */
-
-static void product(backend *b, int rows, const matrix *w, const void *in, float *out,
-                    const char *what) {
-    struct cuda *cuda = cuda_of(b);
-    if (rows == 0) return;
-    cuda_must(
-        kernels_product(cuda->stream, cuda->mode, rows, &w->shape, in, out, cuda->product.data),
-        what);
-}
-
-void cuda_row_matmul(backend *b, int rows, const matrix *w, const void *in, float *partial) {
-    product(b, rows, w, in, partial, "product over the rank's columns");
-}
-
-void cuda_logits(backend *b, int rows, const matrix *w, const void *h, float *logits) {
-    product(b, rows, w, h, logits, "logits");
-}
-
-void cuda_gate_up(backend *b, int rows, const matrix *w, const void *h, void *act) {
-    struct cuda *cuda = cuda_of(b);
-    if (rows == 0) return;
-    cuda_must(
-        kernels_gate_up(cuda->stream, cuda->mode, rows, &w->shape, h, act, cuda->product.data),
-        "gate and up");
 }
 
 /* ---- answers ---- */
