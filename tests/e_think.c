@@ -1,6 +1,5 @@
 /* e_think.c: scripted sequences: phases, how thinking ends, forced text, presets, names, ranges. */
 #include "e_rows.h"
-#include "think/think_bench.h"
 
 enum { VOCAB = 24, OPEN = 1, CLOSE = 2, EOS = 3, EOS2 = 4, WORD = 10 };
 static struct row row;
@@ -462,15 +461,6 @@ static void test_watchdog(void) {
     CHECK_EQ(watched(4, ids, 100), 0);
 }
 
-/* The bench must run every mode through its real work: wider tokens cost more. */
-static void test_bench(void) {
-    for (int m = 0; m < THINK_MODE_COUNT; m++) {
-        const double one = think_bench_step_ns((enum think_mode)m, 1, 0.005),
-                     wide = think_bench_step_ns((enum think_mode)m, 64, 0.005);
-        CU_ASSERT(one > 1 && wide > one && wide < 1e7);
-    }
-}
-
 static void test_names(void) {
     static const char *const modes[] = {"off", "soft", "gumbel", "dirichlet"};
     CHECK_EQ(THINK_MODE_COUNT, 4);
@@ -579,7 +569,6 @@ const struct suite_case suite_cases[] = {
     {"soft with K = 1 walks like off with T = 0", test_greedy_thinking},
     {"p of the trace id", test_probability},
     {"watchdog: repeated n-grams", test_watchdog},
-    {"bench of the step", test_bench},
     {"names of modes, ends, phases, options", test_names},
     {"ranges name their field", test_ranges},
     {NULL, NULL}};

@@ -51,24 +51,30 @@ static inline SFUMATO_DEVICE float fmath_exp(float x) {
     return p * scale;
 }
 
-/* Natural logarithm of x > 0; -inf at 0, NaN below. */
-static inline SFUMATO_DEVICE float fmath_log(float x) {
-    if (!(x > 0.0f)) return x == 0.0f ? -INFINITY : NAN;
-    if (x == INFINITY) return x;
-    const double wide = (double)x; /* subnormal floats are normal doubles */
+/* ln x = 2 atanh s + exponent ln 2 of a normal double x > 0: s = (m - 1) / (m + 1) with m in
+ * (sqrt 1/2, sqrt 2], so |s| <= 0.172. */
+static inline SFUMATO_DEVICE double fmath_log_split(double x, int *exponent) {
     uint64_t bits;
-    memcpy(&bits, &wide, sizeof bits);
-    int exponent = (int)(bits >> 52 & 0x7ff) - 1023;
+    memcpy(&bits, &x, sizeof bits);
+    *exponent = (int)(bits >> 52 & 0x7ff) - 1023;
     bits = (bits & 0xfffffffffffffULL) | 0x3ff0000000000000ULL;
     double m;
     memcpy(&m, &bits, sizeof m); /* [1, 2) */
     if (m > 1.4142135623730951) {
         m *= 0.5;
-        exponent++;
+        ++*exponent;
     }
-    /* ln m = 2 atanh s, s = (m-1)/(m+1), |s| <= 0.172: the tail after s^17/17 is below 2^-40 */
-    const double s = (m - 1.0) / (m + 1.0), t = s * s;
-    double sum = 1.0 / 17;
+    return (m - 1.0) / (m + 1.0);
+}
+#define FMATH_LN2 0.69314718055994530942
+
+/* Natural logarithm of x > 0; -inf at 0, NaN below. */
+static inline SFUMATO_DEVICE float fmath_log(float x) {
+    if (!(x > 0.0f)) return x == 0.0f ? -INFINITY : NAN;
+    if (x == INFINITY) return x;
+    int exponent;
+    const double s = fmath_log_split((double)x, &exponent), t = s * s; /* subnormal floats too */
+    double sum = 1.0 / 17; /* the tail after it is below 2^-40 */
     sum = sum * t + 1.0 / 15;
     sum = sum * t + 1.0 / 13;
     sum = sum * t + 1.0 / 11;
@@ -77,7 +83,7 @@ static inline SFUMATO_DEVICE float fmath_log(float x) {
     sum = sum * t + 1.0 / 5;
     sum = sum * t + 1.0 / 3;
     sum = sum * t + 1.0;
-    return (float)(2.0 * s * sum + exponent * 0.69314718055994530942);
+    return (float)(2.0 * s * sum + exponent * FMATH_LN2);
 }
 
 #endif

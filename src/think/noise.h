@@ -34,17 +34,8 @@ static inline SFUMATO_DEVICE rng_block noise_draw(const struct noise_source *n,
 /* ln x of a normal double x > 0: as fmath_log with two more terms of the series and no last
  * rounding. */
 static inline SFUMATO_DEVICE double noise_log(double x) {
-    uint64_t bits;
-    memcpy(&bits, &x, sizeof bits);
-    int exponent = (int)(bits >> 52 & 0x7ff) - 1023;
-    bits = (bits & 0xfffffffffffffULL) | 0x3ff0000000000000ULL;
-    double m;
-    memcpy(&m, &bits, sizeof m); /* [1, 2) */
-    if (m > 1.4142135623730951) {
-        m *= 0.5;
-        exponent++;
-    }
-    const double s = (m - 1.0) / (m + 1.0), t = s * s; /* t <= 0.0295: t^11 / 23 < 2^-60 */
+    int exponent;
+    const double s = fmath_log_split(x, &exponent), t = s * s; /* t^11 / 23 < 2^-60 */
     double sum = 1.0 / 21;
     sum = sum * t + 1.0 / 19;
     sum = sum * t + 1.0 / 17;
@@ -56,7 +47,7 @@ static inline SFUMATO_DEVICE double noise_log(double x) {
     sum = sum * t + 1.0 / 5;
     sum = sum * t + 1.0 / 3;
     sum = sum * t + 1.0;
-    return 2.0 * s * sum + exponent * 0.69314718055994530942;
+    return 2.0 * s * sum + exponent * FMATH_LN2;
 }
 
 /* cos(2 pi t), t in [0, 1]: folded to an eighth of a turn, then the Taylor series. */
