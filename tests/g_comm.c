@@ -228,6 +228,42 @@ static void test_absent(void) {
     all_reduce_absent();
 }
 
+/* ---- all-gather ---- */
+
+/* Everybody's bytes at every rank, sums in between; the last two sizes are more than one slot. */
+static void gathers_and_sums(void) {
+    static const size_t sizes[] = {0, 1, 3, 272, 4097, 4 * SLOT_FLOATS + 1, 9 * SLOT_FLOATS};
+    static unsigned char mine[9 * SLOT_FLOATS], all[8 * 9 * SLOT_FLOATS];
+    for (uint32_t round = 0; round < 3; round++) {
+        for (size_t i = 0; i < sizeof sizes / sizeof sizes[0]; i++) {
+            const size_t n = sizes[i];
+            const uint64_t seed = 900 + round * 10 + i;
+            for (size_t j = 0; j < n; j++)
+                mine[j] = (unsigned char)suite_random(seed + 100 * (uint64_t)rank, (uint32_t)j);
+            nap_randomly(30000 + round * 10 + (uint32_t)i, 500);
+            comm_all_gather(c, mine, n, all);
+            memset(mine, 0, n); /* brought, not lent */
+            size_t wrong = 0;
+            for (int r = 0; r < size; r++) {
+                for (size_t j = 0; j < n; j++) {
+                    wrong += all[(size_t)r * n + j] !=
+                             (unsigned char)suite_random(seed + 100 * (uint64_t)r, (uint32_t)j);
+                }
+            }
+            CHECK_EQ(wrong, 0);
+            reduce_and_check(seed, 40 + i, sums[0]);
+        }
+    }
+    CU_ASSERT(!comm_capturable(c)); /* host memory */
+}
+
+static void test_all_gather(void) {
+    use_path(COMM_AUTO);
+    gathers_and_sums();
+    use_path(COMM_MPI);
+    gathers_and_sums();
+}
+
 /* ---- plans and records ---- */
 
 static unsigned char plan_byte(uint32_t step, size_t i) {
@@ -438,6 +474,7 @@ const struct suite_case suite_cases[] = {
     {"all-reduce, window: the tree, every size", test_all_reduce_window},
     {"all-reduce, messages: the same bits", test_all_reduce_messages},
     {"all-reduce: absent ranks (-0) change nothing", test_absent},
+    {"all-gather: every rank's bytes at every rank, between sums", test_all_gather},
     {"plan, sums, records: every size", test_steps},
     {"plans alone, records alone, with delays", test_one_kind_only},
     {"late ranks change nothing", test_late_ranks},

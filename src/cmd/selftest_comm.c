@@ -99,6 +99,23 @@ static void check_exchange(struct selftest *t) {
             records &= memcmp(all + (size_t)r * n, want, n) == 0;
         }
     }
+    backend *be = t->h->backend;
+    const size_t ranks = (size_t)t->h->ranks, most = BYTES_MAX / HOST_RANKS_MAX;
+    void *on_device = be->ops->alloc(be, BYTES_MAX + most, "bytes of the self-test");
+    if (!on_device) selftest_must(t, STATUS_MEMORY);
+    bool alike = true;
+    for (size_t n = 1; n <= most; n = n * 5 + 3) {
+        unsigned char *all = mine; /* [R][n] fits */
+        fill_bytes(want, n, 2000 + (uint64_t)t->h->rank);
+        selftest_must(t, be->ops->write(be, (char *)on_device + BYTES_MAX, want, n));
+        comm_all_gather(c, (char *)on_device + BYTES_MAX, n, on_device);
+        be->ops->read(be, all, on_device, ranks * n);
+        for (size_t r = 0; r < ranks; r++) {
+            fill_bytes(want, n, 2000 + r);
+            alike &= memcmp(all + r * n, want, n) == 0;
+        }
+    }
+    selftest_check_true(t, "all-gather", "records of 1 B to 16 KB reach every rank", alike);
     selftest_check_true(t, "broadcast", "plans of 1 B to 128 KB reach every rank", plans);
     selftest_check_true(t, "gather", "records of 1 B to 128 KB reach rank 0", records);
     free(mine), free(want);

@@ -190,6 +190,27 @@ void comm_all_reduce(comm *c, size_t count, float *sum) {
     c->times.all_reduce_count++;
 }
 
+void comm_all_reduce_norm(comm *c, backend *be, const struct comm_norm *n, float *sum) {
+    comm_all_reduce(c, (size_t)n->rows * (size_t)n->hidden, sum);
+    be->ops->add_norm(be, n->rows, n->hidden, n->first, n->scale, sum, n->x, n->weight, n->eps,
+                      n->dtype, n->h);
+}
+
+void comm_all_gather(comm *c, const void *mine, size_t n, void *all) {
+    const size_t slot_bytes = c->config.slot_floats * sizeof(float);
+    if (c->sums) {
+        c->sums->all_gather(c, mine, n, all);
+        return;
+    }
+    for (size_t at = 0, piece; at < n; at += piece) { /* through the slot, a slotful at a time */
+        piece = n - at < slot_bytes ? n - at : slot_bytes;
+        memcpy(c->path->slot(c), (const char *)mine + at, piece);
+        c->path->all_gather(c, piece, (char *)all + at, n);
+    }
+}
+
+bool comm_capturable(const comm *c) { return c->sums && c->sums->capturable(c); }
+
 size_t comm_bcast(comm *c, const void *mine, size_t n, const void **bytes) {
     if (c->rank == 0) ASSERT_LE(n, c->config.bcast_bytes_max);
     return c->path->bcast(c, mine, n, bytes);

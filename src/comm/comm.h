@@ -18,10 +18,10 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "backend/backend.h"
 #include "base/check.h"
 
 typedef struct comm comm;
-struct backend;
 
 enum { COMM_EQUAL_BYTES_MAX = 1024 };
 enum comm_kind { COMM_AUTO, COMM_MPI, COMM_NCCL, COMM_FUSED };
@@ -34,7 +34,7 @@ struct comm_config {
     double timeout_seconds;  /* a longer wait in a step aborts the job with code 6; 0 = never */
     /* Slots and sums are memory of this device, and an all-reduce is in order with its verbs. NULL:
      * host memory. The backend must outlive the comm. */
-    struct backend *device;
+    backend *device;
     bool tree_sums; /* NCCL: sums in tree order (--deterministic); the other paths have no other */
 };
 
@@ -73,6 +73,28 @@ float *comm_slot(comm *c);
 /* sum[count] = tree sum over ranks of their slots. sum may be any buffer but a slot. With one rank,
  * a copy. */
 void comm_all_reduce(comm *c, size_t count, float *sum);
+
+/* What follows a sum in the forward pass; all as add_norm of backend.h. */
+struct comm_norm {
+    int rows, hidden; /* T, D */
+    bool first;
+    float scale;
+    float *x;            /* [T,D] */
+    const float *weight; /* [D] */
+    float eps;
+    enum backend_dtype dtype;
+    void *h; /* [T,D] */
+};
+/* s = tree sum over ranks of their slots [T,D]; x = first ? scale * s : x + s; h = rmsnorm(x) *
+ * weight. One kernel where the path has it, else the two calls. sum: [T,D], scratch afterwards. */
+void comm_all_reduce_norm(comm *c, backend *be, const struct comm_norm *norm, float *sum);
+
+/* all[R][n] = every rank's n bytes (equal n), for all ranks; with a device both are its memory and
+ * the exchange is in order with its verbs. Not between filling the slot and its sum. */
+void comm_all_gather(comm *c, const void *mine, size_t n, void *all);
+
+/* May sums and gathers of device memory be captured into a graph? Not where they pass the host. */
+bool comm_capturable(const comm *c);
 
 /* Rank 0: sends n bytes. Others: wait (sleeping if long, without a deadline) and return the length;
  * *bytes is borrowed until the next comm_bcast (on rank 0 it is `mine`). */

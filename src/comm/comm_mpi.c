@@ -326,22 +326,32 @@ static void add_receive(comm *c, struct exchange *e, void *bytes, size_t n, int 
     MPI_Irecv(bytes, (int)n, MPI_BYTE, peer, tag, job->world, &e->requests[e->count++]);
 }
 
-static void mpi_all_reduce(comm *c, size_t count, float *sum) {
+/* `bytes` of every rank's slot; those of others come into partials, in rank order. */
+static void exchange_slots(comm *c, size_t bytes, const char *operation, const void **slots) {
     struct messages *m = c->path_state;
     struct exchange e = {0};
-    const float *slots[COMM_RANKS_MAX];
-    const size_t bytes = count * sizeof *sum;
     for (int r = 0; r < c->size; r++) {
-        slots[r] = r == c->rank ? m->slot : m->partials + (size_t)r * count;
-        if (r == c->rank) continue;
-        add_receive(c, &e, m->partials + (size_t)r * count, bytes, r, TAG_PARTIAL);
+        char *partial = (char *)m->partials + (size_t)r * bytes;
+        slots[r] = r == c->rank ? (char *)m->slot : partial;
+        if (r != c->rank) add_receive(c, &e, partial, bytes, r, TAG_PARTIAL);
     }
     for (int i = 1; i < c->size;
          i++) { /* each begins with its neighbour: no rank is everybody's first */
         add_send(c, &e, m->slot, bytes, (c->rank + i) % c->size, TAG_PARTIAL);
     }
-    complete(c, &e, "all-reduce", ++m->all_reduce_number);
-    comm_tree_sum(slots, c->size, count, sum);
+    complete(c, &e, operation, ++m->all_reduce_number);
+}
+
+static void mpi_all_reduce(comm *c, size_t count, float *sum) {
+    const void *slots[COMM_RANKS_MAX];
+    exchange_slots(c, count * sizeof *sum, "all-reduce", slots);
+    comm_tree_sum((const float *const *)slots, c->size, count, sum);
+}
+
+static void mpi_slots_gather(comm *c, size_t n, void *all, size_t stride) {
+    const void *slots[COMM_RANKS_MAX];
+    exchange_slots(c, n, "all-gather", slots);
+    for (int r = 0; r < c->size; r++) memcpy((char *)all + (size_t)r * stride, slots[r], n);
 }
 
 static size_t mpi_bcast(comm *c, const void *mine, size_t n, const void **bytes) {
@@ -395,6 +405,7 @@ static const struct comm_path mpi_path = {
     .close = messages_close,
     .slot = mpi_slot,
     .all_reduce = mpi_all_reduce,
+    .all_gather = mpi_slots_gather,
     .bcast = mpi_bcast,
     .gather = mpi_gather,
 };

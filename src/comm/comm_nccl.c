@@ -50,7 +50,7 @@ struct nccl {
     } lib;
     ncclComm_t comm;
     float *slot, *gathered; /* device; gathered: NULL unless sums are in tree order */
-    uint64_t number;        /* all-reduces so far */
+    uint64_t number;        /* operations so far */
     char host[64];
 };
 
@@ -60,7 +60,7 @@ struct nccl {
 static _Noreturn void give_up(comm *c, int exit_code, const char *why) {
     struct nccl *n = c->sums_state;
     char text[400];
-    snprintf(text, sizeof text, "rank %d on %s: NCCL all-reduce %llu: %.200s: stopping all ranks",
+    snprintf(text, sizeof text, "rank %d on %s: NCCL operation %llu: %.200s: stopping all ranks",
              c->rank, n->host, (unsigned long long)n->number, why);
     if (n->comm) n->lib.ncclCommAbort(n->comm);
     comm_abort(c, exit_code, text);
@@ -118,6 +118,17 @@ static void nccl_all_reduce(comm *c, size_t count, float *sum) {
     }
     must(c, n->lib.ncclAllGather(n->slot, n->gathered, count, ncclFloat32, n->comm, be->stream));
     be->ops->tree_sum(be, n->gathered, c->size, count, sum);
+}
+
+static void nccl_all_gather(comm *c, const void *mine, size_t n, void *all) {
+    struct nccl *nccl = c->sums_state;
+    nccl->number++;
+    must(c, nccl->lib.ncclAllGather(mine, all, n, ncclInt8, nccl->comm, c->config.device->stream));
+}
+
+static bool nccl_capturable(const comm *c) {
+    (void)c;
+    return true;
 }
 
 /* ---- life ---- */
@@ -243,5 +254,7 @@ static const struct comm_sums nccl_sums = {
     .name = "nccl",
     .slot = nccl_slot,
     .all_reduce = nccl_all_reduce,
+    .all_gather = nccl_all_gather,
+    .capturable = nccl_capturable,
     .close = nccl_close,
 };

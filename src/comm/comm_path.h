@@ -41,6 +41,9 @@ struct comm_path {
     void (*close)(comm *c);
     float *(*slot)(comm *c);
     void (*all_reduce)(comm *c, size_t count, float *sum);
+    /* n bytes of every rank's slot, `stride` bytes apart; n <= the slot, which is used up as by a
+     * sum. */
+    void (*all_gather)(comm *c, size_t n, void *all, size_t stride);
     size_t (*bcast)(comm *c, const void *mine, size_t n, const void **bytes);
     const void *(*gather)(comm *c, const void *mine, size_t n);
     /* True for the first rank that asks: it alone says why the job ends. NULL: cannot know. */
@@ -52,6 +55,8 @@ struct comm_sums {
     const char *name;
     float *(*slot)(comm *c);
     void (*all_reduce)(comm *c, size_t count, float *sum);
+    void (*all_gather)(comm *c, const void *mine, size_t n, void *all);
+    bool (*capturable)(const comm *c);
     void (*close)(comm *c);
 };
 

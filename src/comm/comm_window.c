@@ -171,21 +171,36 @@ static void scatter_and_gather(comm *c, struct window *w, uint64_t number, size_
     }
 }
 
+/* All have filled their slots of this number with `size` of whatever is exchanged. */
+static void meet(comm *c, struct window *w, uint64_t size, float **slots, const char *operation) {
+    const uint64_t number = w->all_reduce_number;
+    publish(&w->flags[c->rank].summed, number, size);
+    for (int r = 0; r < c->size; r++) {
+        slots[r] = slot_of(w, r, number);
+        wait_for(c, &w->flags[r].summed, number, r, operation);
+        ASSERT_EQ(w->flags[r].summed.size[number % 2], size);
+    }
+}
+
 static void window_all_reduce(comm *c, size_t count, float *sum) {
     struct window *w = c->path_state;
     const uint64_t number = w->all_reduce_number;
     float *slots[COMM_RANKS_MAX];
-    publish(&w->flags[c->rank].summed, number, count);
-    for (int r = 0; r < c->size; r++) {
-        slots[r] = slot_of(w, r, number);
-        wait_for(c, &w->flags[r].summed, number, r, "all-reduce");
-        ASSERT_EQ(w->flags[r].summed.size[number % 2], count);
-    }
+    meet(c, w, count, slots, "all-reduce");
     if (c->size >= SCATTER_RANKS && count * sizeof *sum > SCATTER_BYTES) {
         scatter_and_gather(c, w, number, count, slots, sum);
     } else {
         comm_tree_sum((const float *const *)slots, c->size, count, sum);
     }
+    w->all_reduce_number++;
+}
+
+/* A sum that is not summed: the slots' protocol, so the two may follow one another in any order. */
+static void window_all_gather(comm *c, size_t n, void *all, size_t stride) {
+    struct window *w = c->path_state;
+    float *slots[COMM_RANKS_MAX];
+    meet(c, w, n, slots, "all-gather");
+    for (int r = 0; r < c->size; r++) memcpy((char *)all + (size_t)r * stride, slots[r], n);
     w->all_reduce_number++;
 }
 
@@ -264,6 +279,7 @@ const struct comm_path comm_window_path = {
     .close = window_close,
     .slot = window_slot,
     .all_reduce = window_all_reduce,
+    .all_gather = window_all_gather,
     .bcast = window_bcast,
     .gather = window_gather,
     .abort_claim = window_abort_claim,

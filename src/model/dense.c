@@ -22,6 +22,20 @@ static double seconds_now(void) {
     return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
 }
 
+/* x += the sum of what all ranks have put into their slots; h = norm(x), the next matrix's input. */
+static void reduce_norm(model *m, int rows, bool first, const float *weight) {
+    const struct comm_norm norm = {.rows = rows,
+                                   .hidden = m->config.hidden,
+                                   .first = first,
+                                   .scale = first ? m->config.embed_scale : 1.0f,
+                                   .x = m->x,
+                                   .weight = weight,
+                                   .eps = m->config.norm_eps,
+                                   .dtype = m->options.weight_dtype,
+                                   .h = m->h};
+    comm_all_reduce_norm(m->c, m->be, &norm, m->sum);
+}
+
 void model_step(model *m, const struct batch *batch, void *records) {
     const double start = seconds_now();
     backend *be = m->be;
@@ -29,16 +43,13 @@ void model_step(model *m, const struct batch *batch, void *records) {
     const enum backend_dtype dtype = m->options.weight_dtype;
     const int T = batch->row_count, D = m->config.hidden, slabs = m->shard.slab_count;
     const int logit_rows = batch->logit_row_count;
-    const size_t all = (size_t)T * (size_t)D;
     const float eps = m->config.norm_eps;
     ASSERT_LE(T, m->options.rows_max);
     ASSERT_LE(logit_rows, m->options.logit_rows_max);
 
     if (ops->begin) ops->begin(be, batch);
     ops->embed_mix(be, batch, m->embed, slabs, m->shard.vocab_begin, comm_slot(m->c));
-    comm_all_reduce(m->c, all, m->sum);
-    ops->add_norm(be, T, D, true, m->config.embed_scale, m->sum, m->x, m->layers[0].attention_norm,
-                  eps, dtype, m->h);
+    reduce_norm(m, T, true, m->layers[0].attention_norm);
 
     for (int l = 0; l < m->config.layers; l++) {
         const struct model_layer *layer = &m->layers[l];
@@ -46,15 +57,14 @@ void model_step(model *m, const struct batch *batch, void *records) {
         ops->qkv(be, batch, &layer->attention, m->h, m->q);
         ops->attention(be, batch, &layer->attention, m->q, dtype, m->o);
         ops->row_matmul(be, T, layer->o, m->o, comm_slot(m->c));
-        comm_all_reduce(m->c, all, m->sum);
-        ops->add_norm(be, T, D, false, 1.0f, m->sum, m->x, layer->ffn_norm, eps, dtype, m->h);
+        reduce_norm(m, T, false, layer->ffn_norm);
 
         ops->gate_up(be, T, layer->gate_up, m->h, m->act);
         ops->row_matmul(be, T, layer->down, m->act, comm_slot(m->c));
-        comm_all_reduce(m->c, all, m->sum);
         if (l + 1 < m->config.layers) {
-            ops->add_norm(be, T, D, false, 1.0f, m->sum, m->x, m->layers[l + 1].attention_norm, eps,
-                          dtype, m->h);
+            reduce_norm(m, T, false, m->layers[l + 1].attention_norm);
+        } else { /* the last sum meets the final norm, of chosen rows only */
+            comm_all_reduce(m->c, (size_t)T * (size_t)D, m->sum);
         }
     }
 

@@ -97,7 +97,7 @@ static void meet(ncclComm_t c, unsigned number) {
     while (atomic_load(arrivals) < number * (unsigned)c->ranks) usleep(20);
 }
 
-static ncclResult_t exchange(ncclComm_t c, const void *from, size_t count) {
+static ncclResult_t exchange(ncclComm_t c, const void *from, size_t bytes) {
     expect(c && c->ready && c->left == 0 && !c->finalized && !c->aborted, "a collective");
     if (injected("call", c->rank)) return ncclInvalidUsage;
     c->collectives++;
@@ -110,8 +110,8 @@ static ncclResult_t exchange(ncclComm_t c, const void *from, size_t count) {
         c->left = 1 << 30;
         return ncclInProgress;
     }
-    expect(count * sizeof(float) <= SLOT_BYTES, "too large for the stub");
-    memcpy(c->shared + HEAD_BYTES + (size_t)c->rank * SLOT_BYTES, from, count * sizeof(float));
+    expect(bytes <= SLOT_BYTES, "too large for the stub");
+    memcpy(c->shared + HEAD_BYTES + (size_t)c->rank * SLOT_BYTES, from, bytes);
     meet(c, 2 * (unsigned)c->collectives - 1);
     return ncclSuccess;
 }
@@ -126,7 +126,7 @@ static ncclResult_t end(ncclComm_t c) {
 ncclResult_t ncclAllReduce(const void *from, void *to, size_t count, ncclDataType_t type,
                            ncclRedOp_t op, ncclComm_t c, void *stream) {
     expect(type == ncclFloat32 && op == ncclSum && stream, "arguments of an all-reduce");
-    const ncclResult_t result = exchange(c, from, count);
+    const ncclResult_t result = exchange(c, from, count * sizeof(float));
     if (result != ncclSuccess) return result;
     for (size_t i = 0; i < count; i++) { /* from the last rank down: not the tree's order */
         float sum = -0.0f;
@@ -142,12 +142,13 @@ ncclResult_t ncclAllReduce(const void *from, void *to, size_t count, ncclDataTyp
 
 ncclResult_t ncclAllGather(const void *from, void *to, size_t count, ncclDataType_t type,
                            ncclComm_t c, void *stream) {
-    expect(type == ncclFloat32 && stream, "arguments of an all-gather");
-    const ncclResult_t result = exchange(c, from, count);
+    const size_t bytes = count * (type == ncclInt8 ? 1 : sizeof(float));
+    expect((type == ncclInt8 || type == ncclFloat32) && stream, "arguments of an all-gather");
+    const ncclResult_t result = exchange(c, from, bytes);
     if (result != ncclSuccess) return result;
     for (int r = 0; r < c->ranks; r++) {
-        memcpy((float *)to + (size_t)r * count, c->shared + HEAD_BYTES + (size_t)r * SLOT_BYTES,
-               count * sizeof(float));
+        memcpy((char *)to + (size_t)r * bytes, c->shared + HEAD_BYTES + (size_t)r * SLOT_BYTES,
+               bytes);
     }
     return end(c);
 }
