@@ -198,6 +198,7 @@ static __global__ void __launch_bounds__(ATTENTION_THREADS)
     attention(const struct kernels_row *rows, const int32_t *pages, int layer, int heads,
               const struct kernels_tile *tiles, const __grid_constant__ struct kernels_kv kv,
               const float *q_in, bf16 *o_out, uint32_t *counters, float *triples) {
+    after_previous();
     KERNELS_SHARED(float, q); /* [2][hd][4] */
     __shared__ struct shared_stats stats;
     const int hd = kv.head_dim, tid = (int)threadIdx.x, pair = tid % HALF, quad = tid / HALF * QUAD;

@@ -6,6 +6,7 @@ enum { SWEEP_THREADS = 512, SWEEP_UNROLL = 8, PEAK_THREADS = 256, PEAK_CHAINS = 
 /* Blocks take turns at 64 KiB, 8 loads of 16 bytes a thread in flight. */
 static __global__ void __launch_bounds__(SWEEP_THREADS)
     sweep(const uint4 *memory, int64_t count, uint32_t *sink) {
+    after_previous();
     uint32_t sum = 0;
     const int64_t step = (int64_t)SWEEP_THREADS * SWEEP_UNROLL;
     for (int64_t at = blockIdx.x * step; at < count; at += gridDim.x * step) {
@@ -32,6 +33,7 @@ extern "C" int kernels_sweep(kernels_stream stream, const void *memory, size_t b
 
 /* Independent chains of products on whatever is in the registers. */
 static __global__ void __launch_bounds__(PEAK_THREADS) peak(int64_t rounds, float *sink) {
+    after_previous();
     float d[PEAK_CHAINS][4] = {};
     const uint4 a = make_uint4(threadIdx.x, 0, threadIdx.x, 0);
     for (int64_t r = 0; r < rounds; r++)

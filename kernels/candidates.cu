@@ -192,6 +192,7 @@ static __global__ void __launch_bounds__(CANDIDATES_THREADS, 2)
     candidates(const __grid_constant__ struct kernels_probes batch, const float *logits,
                const __grid_constant__ struct kernels_borders vocab, int64_t vocab_count,
                unsigned char *records, unsigned char *workspace, int64_t stride) {
+    after_previous();
     __shared__ struct select_memory memory;
     __shared__ uint64_t best[KERNELS_CANDIDATES_MAX];
     __shared__ float scratch[WARP + 1];
@@ -302,6 +303,7 @@ static __global__ void __launch_bounds__(CANDIDATES_THREADS)
     probe_logits(const __grid_constant__ struct kernels_probes batch, int index,
                  const float *logits, const __grid_constant__ struct kernels_borders vocab,
                  int64_t vocab_count, float *out) {
+    after_previous();
     const struct batch_probe probe = batch.probes[index];
     const int list = (int)blockIdx.x;
     const int64_t first = vocab.begin[0], width = vocab.begin[vocab.count] - first;

@@ -4,6 +4,19 @@
  * tests/fibre. Everything that differs between the two is here; a kernel file has no #ifdef.
  * All files compile with --fmad=false: where a multiply and an add shall be one operation it says
  * fmaf.
+ *
+ * Overlap of launches (programmatic dependent launch, sm_90 on). A kernel may start while the one
+ * before it on the stream still runs, as soon as all blocks of that one are past after_previous():
+ *
+ *   kernel n      prefetch | wait | work of the last blocks ......... end
+ *   kernel n + 1                         start, prefetch | wait ........ | work
+ *
+ * Every thread of every kernel calls after_previous() once, before any return, and before it reads
+ * or writes memory; parameters and prefetch_weights are all that may come earlier. Then nothing can
+ * be read before it is written or overwritten before it is read: the wait returns when the kernel
+ * before has ended and its writes are visible, that one could only end after its own wait, and so on
+ * back. A kernel that left a thread out would break this chain for everybody behind it. A prefetch
+ * goes to L2 alone, where all memory is coherent: it may even run while the weights are written.
  */
 #ifndef SFUMATO_KERNELS_DEVICE_CUH
 #define SFUMATO_KERNELS_DEVICE_CUH
@@ -29,7 +42,7 @@ enum { WARP = 32 };
 #define KERNELS_SHARED(type, name) type *const name = (type *)(void *)fibre_shared
 #else
 #define KERNELS_LAUNCH(kernel, grid, block, shared, stream, ...) \
-    kernel<<<grid, block, shared, stream>>>(__VA_ARGS__)
+    kernels_launch(grid, block, shared, stream, kernel, __VA_ARGS__)
 #define KERNELS_SHARED(type, name)                                  \
     extern __shared__ __align__(16) unsigned char kernels_shared[]; \
     type *const name = reinterpret_cast<type *>(kernels_shared)
@@ -42,6 +55,49 @@ enum { WARP = 32 };
 #define KERNELS_SHARED_LIMIT(kernel, bytes) \
     ((int)cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes))
 #endif
+
+/* setup.cu: multiprocessors of the device; may a kernel start before the one ahead of it ends? */
+extern int kernels_sm_count;
+extern bool kernels_overlap;
+
+#ifndef KERNELS_FIBRE
+/* An error stays with the runtime until cudaGetLastError. */
+template <typename... Wanted, typename... Given>
+static inline void kernels_launch(dim3 grid, dim3 block, size_t shared, kernels_stream stream,
+                                  void (*kernel)(Wanted...), Given &&...given) {
+    cudaLaunchAttribute overlap = {};
+    overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    overlap.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = grid;
+    config.blockDim = block;
+    config.dynamicSmemBytes = shared;
+    config.stream = stream;
+    config.attrs = &overlap;
+    config.numAttrs = kernels_overlap ? 1 : 0;
+    cudaLaunchKernelEx(&config, kernel, static_cast<Given &&>(given)...);
+}
+#endif
+
+/* Waits until the kernel before has ended, then lets the next one start. */
+static __device__ __forceinline__ void after_previous() {
+#ifdef KERNELS_FIBRE
+    fibre_after_previous();
+#elif __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+/* Asks for `bytes` (a multiple of 16) at p (aligned to 16) to be in L2 soon. One thread is enough. */
+static __device__ __forceinline__ void prefetch_weights(const void *p, int64_t bytes) {
+    if (bytes <= 0) return;
+#ifdef KERNELS_FIBRE
+    fibre_prefetch(p, bytes);
+#elif __CUDA_ARCH__ >= 900
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(p), "r"((uint32_t)bytes));
+#endif
+}
 
 /* Weights: read once, not worth a line of L1. */
 static __device__ __forceinline__ uint4 load_stream(const uint4 *p) {
@@ -161,9 +217,7 @@ static inline unsigned blocks_of(int64_t items, int64_t per_block) {
     return (unsigned)((items + per_block - 1) / per_block);
 }
 
-/* setup.cu: multiprocessors of the device. product.cu and attention.cu: their shared-memory limits.
- */
-extern int kernels_sm_count;
+/* product.cu and attention.cu: their shared-memory limits. */
 int product_setup(void);
 int attention_setup(void);
 

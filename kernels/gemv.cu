@@ -83,6 +83,10 @@ static __global__ void __launch_bounds__(GEMV_THREADS, BLOCKS_AN_SM)
                   me = blockIdx.x;
     const int64_t my_begin = block_begin(total, blocks, me),
                   my_end = block_begin(total, blocks, me + 1);
+    /* the warps' pieces of the first segment, about */
+    const int64_t ahead = (my_end - my_begin < per_row ? my_end - my_begin : per_row) / WARPS;
+    prefetch_tiles(m, my_begin + ahead * warp, ahead);
+    after_previous();
 
     for (int64_t at = my_begin; at < my_end;) {
         const int64_t tile = at / per_row, row_end = (tile + 1) * per_row;

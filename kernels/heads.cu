@@ -28,6 +28,7 @@ static __global__ void __launch_bounds__(HEADS_THREADS)
     heads_append(const struct kernels_row *rows, const int32_t *pages,
                  const __grid_constant__ struct kernels_heads spec,
                  const __grid_constant__ struct kernels_kv kv, const float *raw, float *q) {
+    after_previous();
     __shared__ float memory[HEADS_WARPS][KERNELS_HEAD_DIM_MAX];
     const int lane = (int)threadIdx.x % WARP, H = spec.heads, G = kv.kv_heads, hd = kv.head_dim;
     const int head = (int)blockIdx.x * HEADS_WARPS + (int)threadIdx.x / WARP;

@@ -50,6 +50,7 @@ extern "C" size_t kernels_matrix_bytes(const struct kernels_matrix *m) {
 static __global__ void __launch_bounds__(PACK_THREADS)
     pack(const __grid_constant__ struct kernels_matrix m, int part, int64_t row_begin,
          const float *rows) {
+    after_previous();
     const int64_t quad = (int64_t)blockIdx.x * PACK_THREADS + threadIdx.x;
     const int32_t tile = (int32_t)(quad / 4);
     if (tile >= m.col_tiles) return;

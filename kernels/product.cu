@@ -57,6 +57,14 @@ static __global__ void __launch_bounds__(PRODUCT_THREADS, NT > 4 ? 1 : 2)
 
     float acc[MT][NT][4];
     const bool present = part < m.part_count && m.part_tile[part] < m.part_tile[part + 1];
+    if (present && first_tile < m.row_tiles) {
+        const int part_tiles = m.part_tile[part + 1] - m.part_tile[part];
+        const int begin = (int)((int64_t)part_tiles * piece >> split.piece_log);
+        const int end = (int)((int64_t)part_tiles * (piece + 1) >> split.piece_log);
+        prefetch_tiles(m, (int64_t)first_tile * m.col_tiles + m.part_tile[part] + begin,
+                       end - begin);
+    }
+    after_previous();
 #pragma unroll
     for (int i = 0; i < MT; i++)
 #pragma unroll

@@ -5,9 +5,10 @@
  * squares in an order of its own (a block per row), which depends on D only; against the CPU it is
  * compared by tolerance.
  */
+#include "kernels/norm.cuh"
 #include "kernels/tile.cuh"
 
-enum { MIX_THREADS = 256, NORM_THREADS = 512, TREE_THREADS = 256 };
+enum { MIX_THREADS = 256, TREE_THREADS = 256 };
 
 /* ---- mixture ---- */
 
@@ -17,6 +18,7 @@ static __global__ void __launch_bounds__(MIX_THREADS)
     embed_mix(const int32_t *mix_begin, const uint32_t *mix_ids, const float *mix_weights,
               const __grid_constant__ struct kernels_matrix m,
               const __grid_constant__ struct kernels_borders vocab, float *out) {
+    after_previous();
     const int64_t quad = (int64_t)blockIdx.x * MIX_THREADS + threadIdx.x, row = blockIdx.y;
     if (quad * 4 >= m.cols) return;
     const int begin = mix_begin[row], end = mix_begin[row + 1];
@@ -62,42 +64,24 @@ extern "C" int kernels_embed_mix(kernels_stream stream, int rows, const int32_t 
 
 /* ---- norms ---- */
 
-/* One block per row. x: read; x_out: the new residual, NULL when it is not wanted. V values at a
- * time: 4 when D is a multiple of 4, else 1. A thread keeps nothing between the two passes but
- * reads back what it wrote, or adds again. */
+template <int V>
+struct sum_in_memory {
+    const float *at;
+    __device__ several<float, V> operator()(int k) const { return load_several<V>(at + k); }
+};
+
+/* One block per row. x: read; x_out: as in norm_row. */
 template <int V>
 static __global__ void __launch_bounds__(NORM_THREADS)
     add_norm(const int32_t *rows, int hidden, bool first, float scale, const float *sum,
              const float *x, float *x_out, const float *weight, float eps, bf16 *h) {
+    after_previous();
     __shared__ float scratch[WARP + 1];
     const int64_t from = (rows ? rows[blockIdx.x] : (int64_t)blockIdx.x) * hidden;
     const int64_t to = (int64_t)blockIdx.x * hidden;
-    float squares = 0.0f;
-    for (int k = (int)threadIdx.x * V; k < hidden; k += NORM_THREADS * V) {
-        const several<float, V> b = load_several<V>(sum + from + k);
-        several<float, V> a = b;
-        if (!first) a = load_several<V>(x + from + k);
-#pragma unroll
-        for (int i = 0; i < V; i++) {
-            a.v[i] = first ? scale * b.v[i] : a.v[i] + b.v[i];
-            squares = fmaf(a.v[i], a.v[i], squares);
-        }
-        if (x_out) store_several<V>(x_out + from + k, a);
-    }
-    const float r = 1.0f / sqrtf(block_sum(squares, scratch) / (float)hidden + eps);
-    for (int k = (int)threadIdx.x * V; k < hidden; k += NORM_THREADS * V) {
-        const several<float, V> w = load_several<V>(weight + k);
-        several<float, V> a = load_several<V>((x_out ? x_out : x) + from + k);
-        several<bf16, V> out;
-        if (!x_out) {
-            const several<float, V> b = load_several<V>(sum + from + k);
-#pragma unroll
-            for (int i = 0; i < V; i++) a.v[i] += b.v[i];
-        }
-#pragma unroll
-        for (int i = 0; i < V; i++) out.v[i] = bf16_from_float((a.v[i] * r) * w.v[i]);
-        store_several<V>(h + to + k, out);
-    }
+    sum_in_memory<V> row = {sum + from};
+    norm_row<V>(hidden, first, scale, row, x + from, x_out ? x_out + from : nullptr, weight, eps,
+                h + to, scratch);
 }
 
 static int launch_norm(kernels_stream stream, const int32_t *rows, int row_count, int hidden,
@@ -133,6 +117,7 @@ extern "C" int kernels_add_norm_rows(kernels_stream stream, const int32_t *rows,
  */
 static __global__ void __launch_bounds__(TREE_THREADS)
     rank_tree(int64_t count, int ranks, const float *gathered, float *sum) {
+    after_previous();
     const int64_t i = (int64_t)blockIdx.x * TREE_THREADS + threadIdx.x;
     if (i >= count) return;
     float stack[7]; /* log2(KERNELS_RANKS_MAX) + 1 */

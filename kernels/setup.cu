@@ -2,13 +2,18 @@
 #include "kernels/device.cuh"
 
 int kernels_sm_count = 132;
+bool kernels_overlap;
 
 extern "C" int kernels_setup(void) {
     int device = 0, error = (int)cudaGetDevice(&device);
     if (error == 0)
         error =
             (int)cudaDeviceGetAttribute(&kernels_sm_count, cudaDevAttrMultiProcessorCount, device);
+    int major = 0; /* programmatic dependent launch: from compute capability 9 on */
+    if (error == 0)
+        error = (int)cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
     if (error != 0) return error;
+    kernels_overlap = major >= 9;
     const int error_product = product_setup();
     return error_product != 0 ? error_product : attention_setup();
 }

@@ -21,6 +21,7 @@ static __global__ void __launch_bounds__(THINK_THREADS, 1)
     think(const struct kernels_thinker *thinkers, int probe_count, int k, int watch_max, int ranks,
           const unsigned char *gathered, const struct think_params *params,
           struct think_state *states, struct think_decision *decisions, int32_t *status) {
+    after_previous();
     __shared__ float z[KERNELS_CANDIDATES_MAX];
     __shared__ uint32_t id[KERNELS_CANDIDATES_MAX];
     const int tid = (int)threadIdx.x;

@@ -5,6 +5,7 @@
  */
 #include "fibre/cuda_fibre.h"
 
+#include <sched.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <ucontext.h>
@@ -17,8 +18,13 @@
 #define FIBRE_SANITIZED 1
 #endif
 
-fibre_place fibre_here;
-unsigned char *fibre_shared;
+#if defined(__SANITIZE_THREAD__)
+#include <sanitizer/tsan_interface.h>
+#define FIBRE_THREAD_SANITIZED 1
+#endif
+
+__thread fibre_place fibre_here;
+__thread unsigned char *fibre_shared;
 
 namespace {
 
@@ -39,28 +45,46 @@ struct fibre {
     ucontext_t context;
     std::unique_ptr<unsigned char[]> stack{new unsigned char[STACK_BYTES]};
     fibre_place place;
-    bool done = false;
+    bool done = false, waited = false; /* waited: for the kernel before */
     int exchanges = 0;
     void *fake_stack = nullptr;
+#ifdef FIBRE_THREAD_SANITIZED
+    void *thread = __tsan_create_fiber(0);
+    ~fibre() { __tsan_destroy_fiber(thread); }
+#endif
 };
 
-/* Stacks are kept from launch to launch. */
-std::vector<std::unique_ptr<fibre>> fibres;
-std::vector<warp> warps;
-barrier block_barrier;
-ucontext_t scheduler;
-fibre *now;
-int alive;
-bool moved; /* somebody got past a barrier, or returned, in this round */
-fibre_body *body;
-void *body_context;
+/* One device: the state of an OS thread. Stacks are kept from launch to launch. */
+thread_local std::vector<std::unique_ptr<fibre>> fibres;
+thread_local std::vector<warp> warps;
+thread_local barrier block_barrier;
+thread_local ucontext_t scheduler;
+thread_local fibre *now;
+thread_local int alive;
+thread_local bool moved; /* somebody got past a barrier, polled or returned, in this round */
+thread_local bool polled;
+thread_local fibre_body *body;
+thread_local void *body_context;
 #ifdef FIBRE_SANITIZED
-const void *scheduler_stack;
-size_t scheduler_stack_bytes;
-void *scheduler_fake_stack;
+thread_local const void *scheduler_stack;
+thread_local size_t scheduler_stack_bytes;
+thread_local void *scheduler_fake_stack;
+#endif
+#ifdef FIBRE_THREAD_SANITIZED
+thread_local void *scheduler_thread;
 #endif
 
+void must(bool holds, const char *what) {
+    if (holds) return;
+    fprintf(stderr, "fibre: block (%u, %u, %u), thread %u: %s\n", fibre_here.block.x,
+            fibre_here.block.y, fibre_here.block.z, fibre_here.thread.x, what);
+    abort();
+}
+
 void to_scheduler(bool last) {
+#ifdef FIBRE_THREAD_SANITIZED
+    __tsan_switch_to_fiber(scheduler_thread, 0);
+#endif
 #ifdef FIBRE_SANITIZED
     __sanitizer_start_switch_fiber(last ? nullptr : &now->fake_stack, scheduler_stack,
                                    scheduler_stack_bytes);
@@ -82,6 +106,10 @@ void to_fibre(fibre *f) {
 #ifdef FIBRE_SANITIZED
     __sanitizer_start_switch_fiber(&scheduler_fake_stack, f->stack.get(), STACK_BYTES);
 #endif
+#ifdef FIBRE_THREAD_SANITIZED
+    scheduler_thread = __tsan_get_current_fiber();
+    __tsan_switch_to_fiber(f->thread, 0);
+#endif
     swapcontext(&scheduler, &f->context);
 #ifdef FIBRE_SANITIZED
     __sanitizer_finish_switch_fiber(scheduler_fake_stack, nullptr, nullptr);
@@ -93,6 +121,7 @@ void fibre_main() {
     __sanitizer_finish_switch_fiber(nullptr, &scheduler_stack, &scheduler_stack_bytes);
 #endif
     body(body_context);
+    must(now->waited, "a thread returns without after_previous()");
     now->done = true;
     moved = true;
     alive--;
@@ -105,6 +134,7 @@ void fibre_main() {
 }
 
 void wait(barrier *b, int expected) {
+    must(now->waited, "threads meet before after_previous()");
     moved = true;
     if (++b->arrived == expected) {
         b->arrived = 0;
@@ -117,7 +147,7 @@ void wait(barrier *b, int expected) {
 }
 
 void fibre_prepare(fibre *f, int i, dim3 block) {
-    f->done = false;
+    f->done = f->waited = false;
     f->exchanges = 0;
     f->fake_stack = nullptr;
     f->place = fibre_here;
@@ -137,9 +167,10 @@ void run_block(dim3 block, int threads) {
     for (int i = 0; i < threads; i++) fibre_prepare(fibres[(size_t)i].get(), i, block);
 
     while (alive > 0) {
-        moved = false;
+        moved = polled = false;
         for (int i = 0; i < threads; i++)
             if (!fibres[(size_t)i]->done) to_fibre(fibres[(size_t)i].get());
+        if (polled) sched_yield();
         if (moved || alive == 0) continue;
         fprintf(stderr, "fibre: block (%u, %u, %u): a barrier that not all threads reach\n",
                 fibre_here.block.x, fibre_here.block.y, fibre_here.block.z);
@@ -150,6 +181,23 @@ void run_block(dim3 block, int threads) {
 }  // namespace
 
 void __syncthreads() { wait(&block_barrier, alive); }
+
+void fibre_spin() {
+    moved = polled = true;
+    to_scheduler(false);
+}
+
+void fibre_after_previous() {
+    must(!now->waited, "after_previous() twice");
+    now->waited = true;
+}
+
+void fibre_prefetch(const void *p, int64_t bytes) {
+    const volatile unsigned char *at = static_cast<const unsigned char *>(p);
+    must((uintptr_t)p % 16 == 0 && bytes % 16 == 0, "a prefetch that is not aligned");
+    (void)at[0];
+    (void)at[bytes - 1];
+}
 
 const unsigned char *fibre_exchange_bytes(const void *mine, size_t bytes) {
     const unsigned index = threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z);

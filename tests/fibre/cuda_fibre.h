@@ -10,8 +10,13 @@
  *
  * A round in which nobody gets past his barrier is a divergent barrier: it is reported and the
  * program ends. Shared memory starts each block full of NaN and is of the exact size asked for, so
- * AddressSanitizer and wrong numbers find what a GPU would hide. Not modelled: blocks running at
+ * AddressSanitizer and wrong numbers find what a GPU would hide. A thread that does not call
+ * after_previous() exactly once, before it meets others, ends the program. Not modelled: blocks running at
  * once, memory ordering, anything of speed. Atomics are plain operations.
+ *
+ * Ranks as threads: every OS thread is a device of its own, with its own fibres and shared memory.
+ * Memory that several devices see goes through kernels/peer.cuh, whose accesses are real atomics
+ * here; a kernel that polls calls fibre_spin. ThreadSanitizer is told about the fibres.
  */
 #ifndef SFUMATO_TESTS_CUDA_FIBRE_H
 #define SFUMATO_TESTS_CUDA_FIBRE_H
@@ -47,8 +52,8 @@ static inline float4 make_float4(float x, float y, float z, float w) { return {x
 struct fibre_place {
     dim3 thread, block, block_size, grid;
 };
-extern fibre_place fibre_here;      /* of the fibre that runs now */
-extern unsigned char *fibre_shared; /* dynamic shared memory of the block */
+extern __thread fibre_place fibre_here;      /* of the fibre that runs now */
+extern __thread unsigned char *fibre_shared; /* dynamic shared memory of the block */
 
 #define threadIdx (fibre_here.thread)
 #define blockIdx (fibre_here.block)
@@ -61,7 +66,7 @@ extern unsigned char *fibre_shared; /* dynamic shared memory of the block */
 #define __forceinline__ inline
 #define __launch_bounds__(...)
 #define __grid_constant__
-#define __shared__ static
+#define __shared__ static __thread
 
 typedef void fibre_body(void *context);
 void fibre_run(dim3 grid, dim3 block, size_t shared_bytes, fibre_body *body, void *context);
@@ -72,6 +77,11 @@ void fibre_launch(dim3 grid, dim3 block, size_t shared_bytes, Body body) {
 }
 
 void __syncthreads();
+/* Lets the other threads of the block run, and other devices: for loops that poll. */
+void fibre_spin();
+void fibre_after_previous();
+/* Reads the first and the last byte. */
+void fibre_prefetch(const void *p, int64_t bytes);
 /* Gives 8 bytes to the warp, gets everybody's: the one primitive under shuffles and ballots. The
  * answer is valid until the fibre's next warp operation. */
 const uint64_t *fibre_exchange(uint64_t mine);
@@ -137,10 +147,16 @@ typedef struct CUstream_st *kernels_stream;
 typedef int cudaError_t;
 enum { cudaSuccess = 0 };
 static inline int cudaGetLastError() { return 0; }
-enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount, cudaDevAttrPageableMemoryAccess };
+enum cudaDeviceAttr {
+    cudaDevAttrMultiProcessorCount,
+    cudaDevAttrPageableMemoryAccess,
+    cudaDevAttrComputeCapabilityMajor
+};
 static inline cudaError_t cudaGetDevice(int *device) { return *device = 0; }
 static inline cudaError_t cudaDeviceGetAttribute(int *value, cudaDeviceAttr what, int) {
-    *value = what == cudaDevAttrMultiProcessorCount ? 132 : 1;
+    *value = what == cudaDevAttrMultiProcessorCount      ? 132
+             : what == cudaDevAttrComputeCapabilityMajor ? 9
+                                                         : 1;
     return cudaSuccess;
 }
 static inline cudaError_t cudaStreamSynchronize(kernels_stream) { return cudaSuccess; }
