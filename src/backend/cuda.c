@@ -1,12 +1,7 @@
-/* cuda.c: the CUDA backend: device, memory, weights, waiting, benchmark helpers, table of verbs.
+/* cuda.c: the CUDA backend: device, memory, waiting, benchmark helpers, table of verbs.
  *
  * One rank, one GPU: the rank's number on its host, modulo the devices it can see. The CUDA runtime
  * is linked statically and looks for the driver when first called, so the program starts anywhere.
- *
- * Weights: rows arrive as fp32 from the loader and go through two pinned buffers in turn, so that
- * copying and packing of one block overlaps reading the next one from the file:
- *
- *   rows ─ memcpy ─► stage[i] (pinned) ─ DMA ─► stage_on[i] ─ kernels_pack ─► the matrix (bf16)
  *
  * bf16 weights, activations and KV only; --dtype f32 is refused. Errors: a call that can be refused
  * (memory, set-up) returns a status; a verb that fails is a device fault and ends the job, because
@@ -21,7 +16,7 @@
 
 #include "base/log.h"
 
-enum { STAGE_BYTES = 8 << 20, SPIN_POLLS = 2000 };
+enum { SPIN_POLLS = 2000 };
 
 /* One piece given out by alloc; the list is host memory. */
 struct cuda_memory {
@@ -86,8 +81,7 @@ enum status cuda_grow(struct cuda *cuda, struct cuda_buffer *buffer, size_t byte
     return STATUS_OK;
 }
 
-/* Device memory that dies with the backend. */
-static void *take_for_life(struct cuda *cuda, size_t bytes, const char *what) {
+void *cuda_take(struct cuda *cuda, size_t bytes, const char *what) {
     struct cuda_memory *piece = calloc(1, sizeof *piece);
     if (!piece) {
         fail(STATUS_MEMORY, "%s: no host memory", what);
@@ -103,7 +97,7 @@ static void *take_for_life(struct cuda *cuda, size_t bytes, const char *what) {
 }
 
 static void *cuda_alloc(backend *b, size_t bytes, const char *what) {
-    void *out = take_for_life(cuda_of(b), bytes, what);
+    void *out = cuda_take(cuda_of(b), bytes, what);
     if (out) b->scratch_bytes += bytes;
     return out;
 }
@@ -135,73 +129,6 @@ static int64_t cuda_free_bytes(backend *b) {
 static void cuda_tree_sum(backend *b, const float *gathered, int ranks, size_t count, float *sum) {
     cuda_must(kernels_rank_tree(cuda_of(b)->stream, (int64_t)count, ranks, gathered, sum),
               "sum over ranks");
-}
-
-/* ---- weights ---- */
-
-static enum status cuda_matrix_new(backend *b, const struct matrix_spec *spec, matrix **out) {
-    static const enum kernels_kind kinds[] = {[MATRIX_COLUMN] = KERNELS_COLUMN,
-                                              [MATRIX_GATE_UP] = KERNELS_GATE_UP,
-                                              [MATRIX_ROW] = KERNELS_ROW};
-    struct cuda *cuda = cuda_of(b);
-    if (spec->dtype != BACKEND_BF16) {
-        return fail(STATUS_USAGE, "the CUDA backend computes with bf16 weights: use --dtype bf16");
-    }
-    matrix *m = calloc(1, sizeof *m);
-    if (!m) return fail(STATUS_MEMORY, "no memory for a matrix");
-    m->next = cuda->matrices; /* freed by close, whatever comes next */
-    cuda->matrices = m;
-    m->lookup_only = spec->lookup_only;
-    if (!kernels_matrix_shape(kinds[spec->kind], spec->rows, spec->cols, spec->slab_count,
-                              spec->slab_begin, &m->shape)) {
-        return fail(STATUS_USAGE,
-                    "the CUDA kernels take matrices of at most %d slabs a rank: use more ranks or "
-                    "a smaller --slabs",
-                    (int)KERNELS_PARTS_MAX);
-    }
-    const size_t bytes = kernels_matrix_bytes(&m->shape);
-    m->shape.data = take_for_life(cuda, bytes, "weights");
-    if (!m->shape.data) return STATUS_MEMORY;
-    b->weight_bytes += bytes;
-
-    if (m->shape.row_tiles > cuda->row_tiles_max) {
-        cuda->row_tiles_max = m->shape.row_tiles;
-        TRY(cuda_grow(cuda, &cuda->product, kernels_product_workspace_bytes(m->shape.row_tiles),
-                      "workspace of the products"));
-    }
-    if (spec->kind == MATRIX_COLUMN && spec->rows > cuda->vocab_max) {
-        cuda->vocab_max = spec->rows;
-        TRY(cuda_grow(cuda, &cuda->candidates,
-                      kernels_candidates_workspace_bytes(cuda->probes_max, spec->rows),
-                      "workspace of the candidates"));
-        TRY(cuda_grow(cuda, &cuda->whole_row, sizeof(float) * (size_t)spec->rows,
-                      "one row of logits"));
-    }
-    *out = m;
-    return STATUS_OK;
-}
-
-static void cuda_matrix_load(backend *b, matrix *m, int part, int64_t row_begin, int64_t row_count,
-                             const float *rows) {
-    struct cuda *cuda = cuda_of(b);
-    const size_t row_bytes = sizeof(float) * (size_t)m->shape.cols;
-    if (row_bytes == 0) return;
-    ASSERT_LE(row_bytes, STAGE_BYTES);
-    const int64_t step = (int64_t)(STAGE_BYTES / row_bytes);
-    for (int64_t done = 0, n; done < row_count; done += n) {
-        const int i = cuda->stage_next;
-        n = row_count - done < step ? row_count - done : step;
-        cuda_must((int)cudaEventSynchronize(cuda->stage_free[i]), "upload of weights");
-        memcpy(cuda->stage[i], rows + done * m->shape.cols, (size_t)n * row_bytes);
-        cuda_must((int)cudaMemcpyAsync(cuda->stage_on[i], cuda->stage[i], (size_t)n * row_bytes,
-                                       cudaMemcpyHostToDevice, cuda->stream),
-                  "upload of weights");
-        cuda_must(
-            kernels_pack(cuda->stream, &m->shape, part, row_begin + done, n, cuda->stage_on[i]),
-            "packing of weights");
-        cuda_must((int)cudaEventRecord(cuda->stage_free[i], cuda->stream), "upload of weights");
-        cuda->stage_next = (i + 1) % CUDA_STAGES;
-    }
 }
 
 /* ---- benchmarks ---- */
@@ -263,18 +190,11 @@ static void cuda_close(backend *b) {
         cudaFree(piece->data);
         free(piece);
     }
-    for (struct matrix *m = cuda->matrices, *next; m; m = next) {
-        next = m->next;
-        free(m);
-    }
     struct cuda_buffer *const buffers[] = {&cuda->raw,        &cuda->product,     &cuda->attention,
                                            &cuda->candidates, &cuda->records,     &cuda->whole_row,
                                            &cuda->row_list,   &cuda->batch.device};
     for (size_t i = 0; i < sizeof buffers / sizeof *buffers; i++) cudaFree(buffers[i]->data);
-    for (int i = 0; i < CUDA_STAGES; i++) {
-        cudaFreeHost(cuda->stage[i]);
-        if (cuda->stage_free[i]) cudaEventDestroy(cuda->stage_free[i]);
-    }
+    cuda_matrices_close(cuda);
     cudaFreeHost(cuda->batch.pinned);
     cudaFreeHost(cuda->records_pinned);
     if (cuda->batch_sent) cudaEventDestroy(cuda->batch_sent);
@@ -312,11 +232,6 @@ static enum status open_device(struct cuda *cuda, const struct backend_config *c
         error = cudaStreamCreateWithFlags(&cuda->stream, cudaStreamNonBlocking);
     if (error == cudaSuccess)
         error = cudaEventCreateWithFlags(&cuda->batch_sent, cudaEventDisableTiming);
-    for (int i = 0; i < CUDA_STAGES && error == cudaSuccess; i++) {
-        error = cudaEventCreateWithFlags(&cuda->stage_free[i], cudaEventDisableTiming);
-        if (error == cudaSuccess)
-            error = cudaHostAlloc(&cuda->stage[i], STAGE_BYTES, cudaHostAllocDefault);
-    }
     if (error != cudaSuccess) {
         return fail(STATUS_USAGE, "GPU %d cannot be used: %s: use --backend cpu", cuda->device,
                     cudaGetErrorString(error));
@@ -339,12 +254,9 @@ static enum status open_device(struct cuda *cuda, const struct backend_config *c
 }
 
 static enum status take_buffers(struct cuda *cuda) {
-    for (int i = 0; i < CUDA_STAGES; i++) {
-        cuda->stage_on[i] = take_for_life(cuda, STAGE_BYTES, "upload buffer");
-        if (!cuda->stage_on[i]) return STATUS_MEMORY;
-    }
-    cuda->tiles = take_for_life(cuda, sizeof *cuda->tiles * CUDA_HEADS_MAX, "head tiles");
-    cuda->sink = take_for_life(cuda, CUDA_ALIGN, "benchmark sink");
+    TRY(cuda_matrices_open(cuda));
+    cuda->tiles = cuda_take(cuda, sizeof *cuda->tiles * CUDA_HEADS_MAX, "head tiles");
+    cuda->sink = cuda_take(cuda, CUDA_ALIGN, "benchmark sink");
     if (!cuda->tiles || !cuda->sink) return STATUS_MEMORY;
     const size_t list_rows = (size_t)(cuda->logit_rows_max > 0 ? cuda->logit_rows_max : 1);
     TRY(cuda_grow(cuda, &cuda->row_list, sizeof(int32_t) * list_rows, "list of rows"));

@@ -1,6 +1,7 @@
 /* cuda.h: what the files of the CUDA backend share. CUDA headers are included by these files only.
  *
- *   cuda.c          table of verbs, the device, memory, weights, waiting, open and close
+ *   cuda.c          table of verbs, the device, memory, waiting, open and close
+ *   cuda_matrix.c   packed weights and their upload
  *   cuda_step.c     a step: the batch on the device, embedding, norms, answers
  *   cuda_attention.c, cuda_products.c    the other verbs over kernels/kernels.h
  *
@@ -87,8 +88,17 @@ void cuda_must(int error, const char *what);
 /* At least `bytes` of zeroed device memory, counted as scratch; what was in it is lost. */
 enum status cuda_grow(struct cuda *cuda, struct cuda_buffer *buffer, size_t bytes,
                       const char *what);
+/* Zeroed device memory that dies with the backend; NULL + fail() when there is none. */
+void *cuda_take(struct cuda *cuda, size_t bytes, const char *what);
 /* Waits until the stream is empty, polling, so that base.watch can end a wait that never would. */
 void cuda_wait(struct cuda *cuda);
+
+/* cuda_matrix.c */
+enum status cuda_matrices_open(struct cuda *cuda);
+void cuda_matrices_close(struct cuda *cuda);
+enum status cuda_matrix_new(backend *b, const struct matrix_spec *spec, matrix **out);
+void cuda_matrix_load(backend *b, matrix *m, int part, int64_t row_begin, int64_t row_count,
+                      const float *rows);
 
 /* cuda_step.c */
 void cuda_begin(backend *b, const struct batch *batch);
