@@ -179,6 +179,14 @@ static void test_refusals(void) {
         {"{" LLAMA ",\"torch_dtype\":\"float8\"}", "dtype float8"},
         {"{" LLAMA ",\"tie_word_embeddings\":\"no\"}", "tie_word_embeddings is \"no\""},
         {"{" LLAMA ",\"quantization_config\":{\"quant_method\":\"gptq\"}}", "quantization_config"},
+        {"{" LLAMA ",\"quantization_config\":7}", "quantization_config"},
+        {"{" LLAMA ",\"quantization_config\":{\"quant_method\":\"fp8\",\"fmt\":\"e5m2\"}}", "e5m2"},
+        {"{" LLAMA ",\"quantization_config\":{\"quant_method\":\"compressed-tensors\","
+         "\"format\":\"pack-quantized\"}}",
+         "pack-quantized"},
+        {"{" LLAMA ",\"quantization_config\":{\"quant_method\":\"fp8\","
+         "\"weight_block_size\":[128,64]}}",
+         "weight_block_size"},
         {"{" LLAMA ",\"eos_token_id\":128256}", "end id 128256"},
         {"{" LLAMA ",\"eos_token_id\":[1,2,3,4,5,6,7,8,9,10,11,12,13,14,15,16,17]}",
          "more than 16 end ids"},

@@ -62,6 +62,97 @@ static void test_by_hand(void) {
     folder_remove(folder);
 }
 
+/* fp8 weights of 130 rows x 3 columns in blocks of 128 x 128, of 2 x 2 with a scale a row, and of
+ * 1 x 2 with one scale in all. Codes: 0x38 = 1, 0x40 = 2, 0xc4 = -3, 0x7e = 448, 0x01 = 2^-9. */
+static void test_fp8(void) {
+    static const char *header =
+        "{\"a.weight\":{\"dtype\":\"F8_E4M3\",\"shape\":[130,3],\"data_offsets\":[0,390]},"
+        "\"b.weight\":{\"dtype\":\"F8_E4M3\",\"shape\":[2,2],\"data_offsets\":[390,394]},"
+        "\"c.weight\":{\"dtype\":\"F8_E4M3\",\"shape\":[1,2],\"data_offsets\":[394,396]},"
+        "\"a.weight_scale_inv\":{\"dtype\":\"F32\",\"shape\":[2,1],\"data_offsets\":[396,404]},"
+        "\"b.weight_scale\":{\"dtype\":\"BF16\",\"shape\":[2,1],\"data_offsets\":[404,408]},"
+        "\"c.weight_scale\":{\"dtype\":\"F32\",\"shape\":[],\"data_offsets\":[408,412]}}";
+    static const char *quantised =
+        "{\"architectures\":[\"LlamaForCausalLM\"],\"hidden_size\":8,\"intermediate_size\":16,"
+        "\"num_hidden_layers\":1,\"num_attention_heads\":2,\"vocab_size\":16,"
+        "\"quantization_config\":{\"quant_method\":\"fp8\",\"fmt\":\"e4m3\","
+        "\"activation_scheme\":\"dynamic\",\"weight_block_size\":[128,128]}}";
+    static const uint8_t codes[4] = {0x40, 0xc4, 0x7e, 0x01};
+    uint8_t data[412];
+    const float scales[2] = {0.5f, 3.0f}, one = 0.1f;
+    float got[390], some[2];
+    memset(data, 0x38, sizeof data);
+    memcpy(data + 127 * 3, codes, 4); /* three of row 127, the first of row 128 */
+    memcpy(data + 390, codes, 4);
+    memcpy(data + 396, scales, 8);
+    memcpy(data + 404, (const uint8_t[]){0x00, 0x3f, 0x80, 0x40}, 4); /* 0.5, 4 */
+    memcpy(data + 408, &one, 4);
+    const char *folder = folder_make();
+    struct blob file = {0};
+    source *s = NULL;
+    safetensors_write(&file, header, data, sizeof data);
+    folder_write(folder, "model.safetensors", file.bytes, file.n);
+    folder_write_text(folder, "config.json", quantised);
+    CHECK_EQ(source_open(folder, &s), STATUS_OK);
+    CU_ASSERT_FATAL(s != NULL);
+    CHECK_EQ(s->config.file_dtype, DTYPE_FP8);
+    CHECK_EQ(s->ops->read(s, "a.weight", 0, 130, 0, 3, got), STATUS_OK);
+    CHECK_NEAR(got[0], 0.5, 0);
+    CHECK_NEAR(got[381], 1, 0);
+    CHECK_NEAR(got[382], -1.5, 0);
+    CHECK_NEAR(got[383], 224, 0);
+    CHECK_NEAR(got[384], 3 * 0x1p-9, 0); /* row 128: the other block */
+    CHECK_NEAR(got[389], 3, 0);
+    CHECK_EQ(s->ops->read(s, "a.weight", 127, 2, 1, 2, got), STATUS_OK);
+    CHECK_NEAR(got[1], 224, 0);
+    CHECK_NEAR(got[2], 3, 0);
+    CHECK_EQ(s->ops->read(s, "b.weight", 0, 2, 0, 2, got), STATUS_OK);
+    CHECK_NEAR(got[1], -1.5, 0);
+    CHECK_NEAR(got[2], 4 * 448, 0);
+    CHECK_EQ(s->ops->read(s, "c.weight", 0, 1, 1, 1, got), STATUS_OK);
+    CHECK_NEAR(got[0], one, 0);
+    /* blocks of 128 columns: only where all their rows have one scale */
+    CU_ASSERT(s->ops->block_scales(s, "a.weight", 0, 128, 0, 3, some) && some[0] == 0.5f);
+    CU_ASSERT(s->ops->block_scales(s, "a.weight", 128, 2, 1, 2, some) && some[0] == 3.0f);
+    CU_ASSERT(!s->ops->block_scales(s, "a.weight", 127, 2, 0, 3, some));
+    CU_ASSERT(!s->ops->block_scales(s, "b.weight", 0, 2, 0, 2, some));
+    CU_ASSERT(s->ops->block_scales(s, "c.weight", 0, 1, 0, 2, some) && some[0] == one);
+    CU_ASSERT(!s->ops->block_scales(s, "a.weight_scale_inv", 0, 1, 0, 1, some));
+    source_close(s);
+    s = NULL;
+    /* a scale that cannot be one makes its block NaN: the loader refuses NaN */
+    const float bad = -1.0f;
+    memcpy(data + 396, &bad, 4);
+    blob_free(&file);
+    safetensors_write(&file, header, data, sizeof data);
+    folder_write(folder, "model.safetensors", file.bytes, file.n);
+    CHECK_EQ(source_open(folder, &s), STATUS_OK);
+    CHECK_EQ(s->ops->read(s, "a.weight", 0, 130, 0, 3, got), STATUS_OK);
+    CU_ASSERT(isnan(got[0]) && got[389] == 3.0f);
+    source_close(s);
+    static const struct {
+        const char *header, *word;
+    } refused[] = {
+        {"{\"a.weight\":{\"dtype\":\"F8_E4M3\",\"shape\":[4,2],\"data_offsets\":[0,8]}}",
+         "weight_scale_inv"},
+        {"{\"a.weight\":{\"dtype\":\"F8_E4M3\",\"shape\":[4,2],\"data_offsets\":[0,8]},"
+         "\"a.weight_scale\":{\"dtype\":\"F32\",\"shape\":[2,1],\"data_offsets\":[8,16]}}",
+         "[2, 1]"},
+        {"{\"a.weight\":{\"dtype\":\"F8_E4M3\",\"shape\":[4,2],\"data_offsets\":[0,8]},"
+         "\"a.weight_scale\":{\"dtype\":\"I32\",\"shape\":[4],\"data_offsets\":[8,24]}}",
+         "I32"},
+    };
+    for (size_t i = 0; i < sizeof refused / sizeof refused[0]; i++) {
+        blob_free(&file);
+        safetensors_write(&file, refused[i].header, data, 24);
+        folder_write(folder, "model.safetensors", file.bytes, file.n);
+        CHECK_EQ(source_open(folder, &s), STATUS_MODEL);
+        CU_ASSERT(s == NULL && strstr(fail_text(), refused[i].word) != NULL);
+    }
+    blob_free(&file);
+    folder_remove(folder);
+}
+
 struct pair {
     source *made, *read;
     double tolerance; /* relative, of the number format */
@@ -305,11 +396,14 @@ static void test_texts(void) {
     source_close(s);
 }
 
-const struct suite_case suite_cases[] = {{"three formats by hand, unaligned", test_by_hand},
-                                         {"whole models, one file and shards", test_whole_models},
-                                         {"hostile headers", test_hostile_headers},
-                                         {"hostile bytes", test_hostile_bytes},
-                                         {"folders that are no model", test_folders},
-                                         {"indices", test_indices},
-                                         {"texts beside the weights", test_texts},
-                                         {NULL, NULL}};
+const struct suite_case suite_cases[] = {
+    {"three formats by hand, unaligned", test_by_hand},
+    {"fp8 weights with scales a block, a row, a tensor; what cannot be scales is refused",
+     test_fp8},
+    {"whole models, one file and shards", test_whole_models},
+    {"hostile headers", test_hostile_headers},
+    {"hostile bytes", test_hostile_bytes},
+    {"folders that are no model", test_folders},
+    {"indices", test_indices},
+    {"texts beside the weights", test_texts},
+    {NULL, NULL}};

@@ -39,6 +39,7 @@ static const char *file_dtype_name(enum config_dtype d) {
     static const char *const names[] = {[DTYPE_F32] = "f32",
                                         [DTYPE_F16] = "f16",
                                         [DTYPE_BF16] = "bf16",
+                                        [DTYPE_FP8] = "fp8",
                                         [DTYPE_QUANTISED] = "quantised"};
     return names[d];
 }

@@ -19,6 +19,7 @@
 #include <stdio.h>
 #include <string.h>
 
+#include "base/fp8.h"
 #include "base/log.h"
 
 /* What transformers assumes where config.json is silent. kv_heads 0: as many as heads; head_dim 0:
@@ -297,14 +298,41 @@ static enum status read_dtype(const json_t *root, struct model_config *c) {
     return STATUS_OK;
 }
 
+/* fp8 weights with scales beside them can be read (tensor_table.h says in which shapes); how the
+ * activations were meant to be quantised does not matter here. Everything else is refused. */
+static enum status check_quantisation(const json_t *root) {
+    const json_t *quant = field(root, "quantization_config");
+    if (!quant) return STATUS_OK;
+    const char *method = json_string_value(json_object_get(quant, "quant_method"));
+    const char *format = json_string_value(json_object_get(quant, "fmt"));
+    const json_t *block = field(quant, "weight_block_size");
+    bool ok = false;
+    if (method && strcmp(method, "fp8") == 0) {
+        ok = !format || strcmp(format, "e4m3") == 0;
+    } else if (method && strcmp(method, "compressed-tensors") == 0) {
+        format = json_string_value(json_object_get(quant, "format"));
+        ok = format && strcmp(format, "float-quantized") == 0;
+    }
+    if (!ok) {
+        return fail(STATUS_MODEL,
+                    "quantization_config says %.40s %.40s: only fp8 weights in e4m3 (fp8, or "
+                    "compressed-tensors float-quantized) are supported, use the original weights "
+                    "or a GGUF file",
+                    method ? method : "no method", format ? format : "");
+    }
+    if (block &&
+        (json_array_size(block) != 2 || json_integer_value(json_array_get(block, 0)) != FP8_BLOCK ||
+         json_integer_value(json_array_get(block, 1)) != FP8_BLOCK)) {
+        return fail(STATUS_MODEL, "weight_block_size must be [%d, %d] to be read here",
+                    (int)FP8_BLOCK, (int)FP8_BLOCK);
+    }
+    return STATUS_OK;
+}
+
 static enum status read_root(const json_t *root, struct model_config *c) {
     const struct family *family = NULL;
     TRY(read_family(root, c, &family));
-    if (field(root, "quantization_config")) {
-        return fail(STATUS_MODEL,
-                    "quantization_config is set: quantised safetensors are not supported, use the "
-                    "original weights or a GGUF file");
-    }
+    TRY(check_quantisation(root));
     TRY(read_sizes(root, family, c));
     const json_t *act = field(root, "hidden_act");
     const char *act_name = act ? json_string_value(act) : "silu";

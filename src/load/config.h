@@ -26,7 +26,7 @@ enum {
 
 enum config_arch { ARCH_LLAMA, ARCH_MISTRAL, ARCH_QWEN2, ARCH_QWEN3 };
 enum config_rope { ROPE_PLAIN, ROPE_LINEAR, ROPE_LLAMA3 };
-enum config_dtype { DTYPE_F32, DTYPE_F16, DTYPE_BF16, DTYPE_QUANTISED };
+enum config_dtype { DTYPE_F32, DTYPE_F16, DTYPE_BF16, DTYPE_FP8, DTYPE_QUANTISED };
 
 struct model_config {
     enum config_arch arch;

@@ -23,6 +23,7 @@
 #include <string.h>
 
 #include "base/bf16.h"
+#include "base/fp8.h"
 
 _Static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "weight files are little-endian");
 
@@ -65,6 +66,10 @@ static void decode_f16(const uint8_t *blocks, size_t block_count, float *out) {
 
 static void decode_bf16(const uint8_t *blocks, size_t block_count, float *out) {
     for (size_t i = 0; i < block_count; i++) out[i] = bf16_to_float(load16(blocks + 2 * i));
+}
+
+static void decode_fp8(const uint8_t *blocks, size_t block_count, float *out) {
+    for (size_t i = 0; i < block_count; i++) out[i] = fp8_to_float(blocks[i]);
 }
 
 static void decode_q8_0(const uint8_t *blocks, size_t block_count, float *out) {
@@ -182,13 +187,13 @@ static const struct dequant_type types[] = {
     {"Q5_0", 6, 32, 22, decode_q5_0},    {"Q5_1", 7, 32, 24, decode_q5_1},
     {"Q8_0", 8, 32, 34, decode_q8_0},    {"Q4_K", 12, 256, 144, decode_q4_k},
     {"Q5_K", 13, 256, 176, decode_q5_k}, {"Q6_K", 14, 256, 210, decode_q6_k},
-    {"BF16", 30, 1, 2, decode_bf16},
+    {"BF16", 30, 1, 2, decode_bf16},     {"F8_E4M3", -1, 1, 1, decode_fp8},
 };
 enum { TYPE_COUNT = sizeof types / sizeof types[0] };
 
 const struct dequant_type *dequant_find_ggml(uint32_t ggml_id) {
     for (int i = 0; i < TYPE_COUNT; i++) {
-        if ((uint32_t)types[i].ggml_id == ggml_id) return &types[i];
+        if (types[i].ggml_id >= 0 && (uint32_t)types[i].ggml_id == ggml_id) return &types[i];
     }
     return NULL;
 }

@@ -1,7 +1,7 @@
 /* dequant.h: number formats of weight files -> fp32.
  *
- * A format is a block of `elements` consecutive columns in `bytes` bytes; F32, F16 and BF16 are
- * blocks of one. Decoding follows the order of operations of ggml's reference (one product, then
+ * A format is a block of `elements` consecutive columns in `bytes` bytes; F32, F16, BF16 and
+ * F8_E4M3 are blocks of one (the scales of fp8 weights are tensors of their own: tensor_table.h). Decoding follows the order of operations of ggml's reference (one product, then
  * the minimum, in fp32), so values equal those of ggml and of the Python package gguf bit for bit.
  * The layouts are drawn in dequant.c. Input may be unaligned and must be little-endian, as this
  * machine is. Pure functions: no memory, any thread.
@@ -16,7 +16,7 @@ enum { DEQUANT_BLOCK_ELEMENTS_MAX = 256 };
 
 struct dequant_type {
     const char *name; /* as ggml writes it: "Q4_K" */
-    int ggml_id;      /* enum ggml_type of the GGUF specification */
+    int ggml_id;      /* enum ggml_type of the GGUF specification; -1: not in it */
     int elements, bytes;
     /* out[block_count * elements] */
     void (*decode)(const uint8_t *blocks, size_t block_count, float *out);

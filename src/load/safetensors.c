@@ -284,8 +284,8 @@ static enum status safetensors_read(source *src, const char *name, int64_t row_b
     if (!e) return fail(STATUS_MODEL, "%s has no tensor %s", src->path, name);
     if (!e->type) {
         return fail(STATUS_MODEL,
-                    "%s/%s: tensor %s has dtype %s: only F32, F16 and BF16 can be read", src->path,
-                    s->file_names[e->file], name, e->type_name);
+                    "%s/%s: tensor %s has dtype %s: only F32, F16, BF16 and F8_E4M3 can be read",
+                    src->path, s->file_names[e->file], name, e->type_name);
     }
     ASSERT(row_begin >= 0 && row_count >= 0 && row_begin + row_count <= e->rows);
     ASSERT(col_begin >= 0 && col_count >= 0 && col_begin + col_count <= e->cols);
@@ -296,6 +296,14 @@ static enum status safetensors_read(source *src, const char *name, int64_t row_b
     const uint8_t *rows = tensor_rows(e, row_begin, row_count, &n);
     file_map_forget(&s->maps[e->file], rows, n);
     return STATUS_OK;
+}
+
+static bool safetensors_block_scales(const source *src, const char *name, int64_t row_begin,
+                                     int64_t row_count, int64_t col_begin, int64_t col_count,
+                                     float *scales) {
+    const struct safetensors_source *s = (const struct safetensors_source *)src;
+    const struct tensor_entry *e = tensor_table_find(&s->table, name);
+    return e && tensor_block_scales(e, row_begin, row_count, col_begin, col_count, scales);
 }
 
 static enum status safetensors_read_text(const source *s, const char *file, size_t limit,
@@ -316,6 +324,7 @@ static void safetensors_close(source *src) {
 static const struct source_ops safetensors_ops = {.kind = "safetensors",
                                                   .find = safetensors_find,
                                                   .read = safetensors_read,
+                                                  .block_scales = safetensors_block_scales,
                                                   .read_text = safetensors_read_text,
                                                   .close = safetensors_close};
 
@@ -329,6 +338,8 @@ enum status safetensors_open(const char *folder, source **out) {
     TRY_GOTO(source_set_path(&s->base, folder), out);
     TRY_GOTO(read_config(s), out);
     TRY_GOTO(open_weights(s), out);
+    status = tensor_table_bind_scales(&s->table);
+    if (status != STATUS_OK) TRY_GOTO(fail_prefix(status, "%s", s->base.path), out);
     s->base.total_bytes = s->table.total_bytes;
     s->base.config.file_dtype = tensor_table_dtype(&s->table);
 out:

@@ -37,6 +37,10 @@ struct source_ops {
      * dequantised. The range must lie inside the tensor (ASSERT). STATUS_MODEL when unreadable. */
     enum status (*read)(source *s, const char *name, int64_t row_begin, int64_t row_count,
                         int64_t col_begin, int64_t col_count, float *dst);
+    /* fp8 weights: scales[ceil(col_count / 128)] of these rows, in steps of 128 columns from
+     * col_begin. False when the file does not keep them so. NULL: it never does. */
+    bool (*block_scales)(const source *s, const char *name, int64_t row_begin, int64_t row_count,
+                         int64_t col_begin, int64_t col_count, float *scales);
     /* A text file that belongs to the model, see source_read_text. NULL: there are none. */
     enum status (*read_text)(const source *s, const char *file, size_t limit, char **text,
                              size_t *n);

@@ -24,6 +24,10 @@ struct tensor_entry {
     const uint8_t *data;
     int64_t bytes;
     int file; /* index of the file it is in */
+    /* fp8 weights: values are multiplied by element [row / scale_rows][col / scale_cols] of this
+     * tensor, [.., scale_pitch]. NULL: by nothing. */
+    const struct tensor_entry *scale;
+    int64_t scale_rows, scale_cols, scale_pitch;
 };
 
 struct tensor_table {
@@ -37,6 +41,9 @@ enum status tensor_table_add(struct tensor_table *table, const struct tensor_ent
 enum status tensor_table_seal(struct tensor_table *table);
 void tensor_table_fini(struct tensor_table *table);
 const struct tensor_entry *tensor_table_find(const struct tensor_table *table, const char *name);
+/* Gives every F8_E4M3 tensor its scales: NAME_scale_inv or NAME_scale, one a block of 128 x 128, one
+ * a row, or one in all. STATUS_MODEL when there are none or of another shape. The table is sealed. */
+enum status tensor_table_bind_scales(struct tensor_table *table);
 /* The number format of most bytes. */
 enum config_dtype tensor_table_dtype(const struct tensor_table *table);
 
@@ -47,5 +54,10 @@ const uint8_t *tensor_rows(const struct tensor_entry *entry, int64_t row_begin, 
  * type. */
 void tensor_read_row(const struct tensor_entry *entry, int64_t row, int64_t col_begin,
                      int64_t col_count, float *dst);
+/* scales[ceil(col_count / 128)] of rows [row_begin, +row_count) in steps of 128 columns from
+ * col_begin. False when the tensor has none, or when rows or columns that belong together here have
+ * different ones in the file. */
+bool tensor_block_scales(const struct tensor_entry *entry, int64_t row_begin, int64_t row_count,
+                         int64_t col_begin, int64_t col_count, float *scales);
 
 #endif
