@@ -2,55 +2,20 @@
  *
  * The tokenizer is that of models/tiny; expected values are those of serving.md §2, §3 and soft-thinking.md §2.
  */
-#include "base/json.h"
-#include "base/log.h"
-#include "serve/body.h"
 #include "serve/reply.h"
 #include "suite.h"
-
-static struct params params;
-static struct model_config config;
-static struct body_facts facts;
+#include "support/tiny_facts.h"
 
 int suite_setup(int *argc, char ***argv) {
-    char *json, *none[] = {"sfumato", NULL};
-    size_t n;
-    tokenizer *t;
-    chat *c;
     (void)argc, (void)argv;
-    log_init(LOG_OFF, false);
     const char *file = suite_path("models/tiny/tokenizer.json");
     clearenv(); /* options of whoever runs the tests must not count */
-    if (params_parse(&params, PARAMS_GENERATE, 1, none) != STATUS_OK) return 1;
-    if (json_read_file(file, TOKENIZER_FILE_BYTES_MAX, false, STATUS_MODEL, &json, &n) !=
-        STATUS_OK) {
-        return 1;
-    }
-    if (tokenizer_open_json(json, n, NULL, 0, &t) != STATUS_OK) return 1;
-    free(json);
-    if (chat_open(NULL, NULL, "chatml", "", "", &c) != STATUS_OK) return 1;
+    if (tiny_facts_open(file, PARAMS_GENERATE) != STATUS_OK) return 1;
     config = (struct model_config){.temperature = 0.7f, .top_p = 0.8f, .top_k = -1, .min_p = -1};
-    facts = (struct body_facts){.params = &params,
-                                .config = &config,
-                                .tokenizer = t,
-                                .chat = c,
-                                .model_name = "tiny",
-                                .mode = THINK_SOFT,
-                                .vocab_count = tokenizer_vocab_count(t),
-                                .open_id = tokenizer_find(t, "<think>"),
-                                .close_id = tokenizer_find(t, "</think>"),
-                                .eos_count = 1,
-                                .eos_ids = {3},
-                                .max_model_len = 1024,
-                                .batch = true};
     return 0;
 }
 
-void suite_teardown(void) {
-    chat_close(facts.chat);
-    tokenizer_close((tokenizer *)facts.tokenizer);
-    params_fini(&params);
-}
+void suite_teardown(void) { tiny_facts_close(); }
 
 static struct body body;
 

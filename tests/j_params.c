@@ -61,6 +61,20 @@ static void test_command_line(void) {
     params_fini(&p);
 }
 
+/* A list flag may be repeated; the command line as a whole still replaces the environment. */
+static void test_lists(void) {
+    struct params p;
+    char *argv[] = {"x", "--served-model-name", "a,b", "--served-model-name", "c"};
+    setenv("SFUMATO_SERVED_MODEL_NAME", "z", 1);
+    CHECK_EQ(params_parse(&p, PARAMS_SERVE, 5, argv), STATUS_OK);
+    CHECK_STR(p.served_model_name, "a,b,c");
+    params_fini(&p);
+    CHECK_EQ(params_parse(&p, PARAMS_SERVE, 1, argv), STATUS_OK);
+    CHECK_STR(p.served_model_name, "z");
+    params_fini(&p);
+    unsetenv("SFUMATO_SERVED_MODEL_NAME");
+}
+
 static void test_messages(void) {
     REFUSED("--max-topk 65: it must be in 1..64", "--max-topk", "65");
     REFUSED("--max-topk ten: it must be a number in 1..64", "--max-topk", "ten");
@@ -270,6 +284,7 @@ static void test_units(void) {
 const struct suite_case suite_cases[] = {
     {"the defaults are the table's", test_defaults},
     {"every form of a command line option", test_command_line},
+    {"lists, given at once or one by one", test_lists},
     {"one message names flag, value and range", test_messages},
     {"command line > environment > file > default", test_precedence},
     {"counts and sizes with suffixes", test_counts},

@@ -21,7 +21,7 @@
 
 #include "base/json.h"
 
-enum kind { KIND_TEXT, KIND_CHOICE, KIND_COUNT, KIND_MAYBE, KIND_REAL, KIND_SWITCH };
+enum kind { KIND_TEXT, KIND_LIST, KIND_CHOICE, KIND_COUNT, KIND_MAYBE, KIND_REAL, KIND_SWITCH };
 enum group {
     GROUP_COMMAND = 1,
     GROUP_MODEL,
@@ -243,6 +243,22 @@ static enum status set_number(struct params *p, enum param_id id, const char *te
     return STATUS_OK;
 }
 
+/* A flag given again adds to the list; a stronger origin replaces it. */
+static enum status set_list(struct params *p, enum param_id id, const char *text,
+                            enum param_origin origin) {
+    const char **member = (const char **)((char *)p + rows[id].offset);
+    if (*member && origin == PARAM_COMMAND_LINE && p->origin[id] == PARAM_COMMAND_LINE) {
+        const size_t before = strlen(*member), n = before + strlen(text) + 2;
+        char *both = arena_alloc_array(&p->memory, n, 1);
+        if (!both) return STATUS_MEMORY;
+        snprintf(both, n, "%s,%s", *member, text);
+        text = both;
+    }
+    *member = text;
+    p->origin[id] = (unsigned char)origin;
+    return STATUS_OK;
+}
+
 enum status param_set(struct params *p, enum param_id id, const char *text,
                       enum param_origin origin, const char *where) {
     const struct row *row = &rows[id];
@@ -254,6 +270,8 @@ enum status param_set(struct params *p, enum param_id id, const char *text,
         case KIND_TEXT:
             *(const char **)member = text;
             break;
+        case KIND_LIST:
+            return set_list(p, id, text, origin);
         case KIND_CHOICE:
             TRY(set_choice(p, id, text, where));
             break;
@@ -495,7 +513,8 @@ uint64_t params_digest(const struct params *p) {
             continue;
         const void *member = (const char *)p + rows[i].offset;
         switch (rows[i].kind) {
-            case KIND_TEXT: {
+            case KIND_TEXT:
+            case KIND_LIST: {
                 const char *text = *(const char *const *)member;
                 if (text) h = fnv(h, text, strlen(text));
                 break;

@@ -41,6 +41,7 @@ enum param_origin { PARAM_DEFAULT, PARAM_FILE, PARAM_ENVIRONMENT, PARAM_COMMAND_
 
 struct params {
 #define PARAM_MEMBER_TEXT const char *
+#define PARAM_MEMBER_LIST const char *
 #define PARAM_MEMBER_CHOICE int
 #define PARAM_MEMBER_COUNT int64_t
 #define PARAM_MEMBER_MAYBE int64_t

@@ -169,7 +169,13 @@ static enum status check_early(struct serving *s) {
     struct host *h = s->host;
     if (h->rank > 0) return STATUS_OK;
     if (h->params.served_model_name) {
-        snprintf(h->model_name, sizeof h->model_name, "%s", h->params.served_model_name);
+        const char *at = h->params.served_model_name;
+        size_t n;
+        const char *name = body_next_name(&at, &n);
+        if (!name) return fail(STATUS_USAGE, "--served-model-name: the name is empty");
+        if (n >= sizeof h->model_name) return fail(STATUS_USAGE, "--served-model-name: too long");
+        snprintf(h->model_name, sizeof h->model_name, "%.*s", (int)n, name);
+        h->facts.model_names = h->params.served_model_name;
     }
     return body_facts_check(&h->facts);
 }

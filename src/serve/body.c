@@ -422,14 +422,31 @@ static enum status read_reply_form(struct body *b) {
     return field_real(b->root, "", "timeout_s", 0, 1e9, &b->timeout_seconds);
 }
 
+const char *body_next_name(const char **at, size_t *n) {
+    *at += strspn(*at, ", ");
+    const char *name = *at;
+    *n = strcspn(name, ",");
+    *at += *n;
+    while (*n > 0 && name[*n - 1] == ' ') --*n;
+    return *n > 0 ? name : NULL;
+}
+
+enum status body_check_model(const struct body_facts *facts, const char *name) {
+    const char *at = facts->model_names, *known;
+    size_t n;
+    if (!name) return STATUS_OK;
+    while ((known = body_next_name(&at, &n)) != NULL) {
+        if (strlen(name) == n && memcmp(name, known, n) == 0) return STATUS_OK;
+    }
+    return fail_param(STATUS_REQUEST, "model", "model_not_found",
+                      "the model here is %s, not %.100s", facts->model_names, name);
+}
+
 static enum status read_fields(const struct body_facts *facts, struct body *b) {
     int64_t n = 1, min_tokens = 0;
     const char *name = NULL;
     TRY(field_text(b->root, "", "model", &name));
-    if (name && strcmp(name, facts->model_name) != 0) {
-        return fail_param(STATUS_REQUEST, "model", "model_not_found",
-                          "the model here is %s, not %.100s", facts->model_name, name);
-    }
+    TRY(body_check_model(facts, name));
     TRY(refuse_unsupported(facts, b->root));
     TRY(field_int(b->root, "", "n", 1, REQUEST_CHOICES_MAX, &n));
     b->request.choices = (int)n;

@@ -32,11 +32,13 @@ struct body_facts {
     const struct params *params; /* flags: defaults of fields that are left out */
     const struct model_config *config;
     const tokenizer *tokenizer;
-    chat *chat;             /* NULL: the model has no template */
-    const char *model_name; /* what `model` may say */
-    enum think_mode mode;   /* --think, or off when the model cannot (soft-thinking.md §3) */
-    int vocab_count;        /* V of soft-thinking.md §4 */
-    int open_id, close_id;  /* markers; -1: none */
+    chat *chat;              /* NULL: the model has no template */
+    const char *chat_fault;  /* why the template cannot be used; NULL: there is none */
+    const char *model_name;  /* of replies and metrics: the first of model_names */
+    const char *model_names; /* what `model` may say, commas between */
+    enum think_mode mode;    /* --think, or off when the model cannot (soft-thinking.md §3) */
+    int vocab_count;         /* V of soft-thinking.md §4 */
+    int open_id, close_id;   /* markers; -1: none */
     int eos_count;
     int32_t eos_ids[THINK_EOS_MAX];
     int64_t max_model_len;
@@ -83,6 +85,11 @@ struct request body_request(const struct body *b, int prompt, uint64_t id);
 
 /* Flag defaults that no request overrides are checked once: STATUS_USAGE names the flag. */
 enum status body_facts_check(const struct body_facts *facts);
+
+/* The names one by one: *at begins as facts->model_names. NULL: no more; else *n bytes of it. */
+const char *body_next_name(const char **at, size_t *n);
+/* STATUS_REQUEST, model_not_found: name (NULL: not given) is none of them. */
+enum status body_check_model(const struct body_facts *facts, const char *name);
 
 /* Internal to serve/: the parts of body_parse. */
 enum status body_think_block(const struct body_facts *facts, struct body *b);

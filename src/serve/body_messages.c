@@ -170,9 +170,10 @@ enum status body_render_messages(const struct body_facts *facts, struct body *b,
     char *flat_text = NULL, *variables_text = NULL;
     bool open = true, resume = false;
     if (!facts->chat) {
-        return fail_param(
-            STATUS_REQUEST, "messages", NULL,
-            "this model has no chat template: send prompt, or start with --chat-template");
+        return fail_param(STATUS_REQUEST, "messages", NULL, "messages cannot be read here: %s",
+                          facts->chat_fault ? facts->chat_fault
+                                            : "the model has no chat template: send prompt, or "
+                                              "start with --chat-template");
     }
     TRY(field_bool(b->root, "", "continue_final_message", &resume));
     open = !resume;

@@ -30,9 +30,7 @@ static enum status read_object(struct exchange *x, const struct body_facts *fact
     TRY(json_load_text(text, n, STATUS_REQUEST, root));
     if (!json_is_object(*root)) return fail(STATUS_REQUEST, "a request must be a JSON object");
     TRY(field_text(*root, "", "model", &name));
-    if (!name || strcmp(name, facts->model_name) == 0) return STATUS_OK;
-    return fail_param(STATUS_REQUEST, "model", "model_not_found",
-                      "the model here is %s, not %.100s", facts->model_name, name);
+    return body_check_model(facts, name);
 }
 
 /* prompt, or messages through the template: text (malloc'ed) and whether special ids are added. */
@@ -240,10 +238,11 @@ static void write_defaults(const struct body_facts *facts, struct json_writer *w
     json_end(w, '}');
 }
 
-static void write_model(const struct body_facts *facts, struct json_writer *w) {
+static void write_model(const struct body_facts *facts, const char *name, size_t n,
+                        struct json_writer *w) {
     json_begin(w, '{');
     json_key(w, "id");
-    json_write_text(w, facts->model_name);
+    json_write_string(w, name, n);
     json_key(w, "object");
     json_write_text(w, "model");
     json_key(w, "created");
@@ -281,7 +280,9 @@ void openai_models(struct exchange *x) {
     json_write_text(&w, "list");
     json_key(&w, "data");
     json_begin(&w, '[');
-    write_model(facts, &w);
+    const char *at = facts->model_names, *name;
+    size_t n;
+    while ((name = body_next_name(&at, &n)) != NULL) write_model(facts, name, n, &w);
     json_end(&w, ']');
     json_end(&w, '}');
     http_reply_json(x, 200, &w);
@@ -293,14 +294,14 @@ void openai_model(struct exchange *x) {
     struct json_writer w;
     if (!facts) return;
     char *id = evhttp_uridecode(x->path + strlen(x->route->path), 0, NULL);
-    if (id && strcmp(id, facts->model_name) == 0) {
+    if (id && body_check_model(facts, id) == STATUS_OK) {
         json_writer_init(&w);
-        write_model(facts, &w);
+        write_model(facts, id, strlen(id), &w);
         http_reply_json(x, 200, &w);
         json_writer_fini(&w);
     } else {
         const struct refused why =
-            refused_as(REFUSAL_NO_MODEL, "model", "the model here is %s", facts->model_name);
+            refused_as(REFUSAL_NO_MODEL, "model", "the model here is %s", facts->model_names);
         http_reply_error(x, &why);
     }
     free(id);

@@ -2,7 +2,7 @@
 import json
 
 import pytest
-from conftest import SOURCE, chat, generate, problems
+from conftest import SOURCE, TINY, chat, generate, problems
 from served import Server, joined
 
 MODES = [{"mode": "off"}, {"mode": "soft"}, {"mode": "gumbel"}]
@@ -246,6 +246,42 @@ def test_reasoning_fields_flag():
         assert "reasoning_content" in message and "reasoning" not in message
         assert one.get("/v1/models/org%2Fname")[0] == 200
         assert one.get("/v1/models/org/name")[0] == 200
+
+
+def test_several_names():
+    """All are served and listed; replies and metrics carry the first."""
+    with Server("--served-model-name", "org/first, second", "--served-model-name", "third", ranks=0) as one:
+        assert [m["id"] for m in one.get("/v1/models")[1]["data"]] == ["org/first", "second", "third"]
+        for name in ("org/first", "second", "third"):
+            assert one.chat("Hi", max_tokens=1, model=name)["model"] == "org/first"
+            assert one.get("/v1/models/" + name)[1]["id"] == name
+        assert one.chat("Hi", max_tokens=1)["model"] == "org/first"
+        for name in ("tiny", "org/first,second", "second, third", "", " third"):
+            status, answer = one.post("/v1/chat/completions", chat("Hi", model=name))
+            assert (status, answer["error"]["code"]) == (404, "model_not_found"), name
+        assert 'model_name="org/first"' in one.call("GET", "/metrics")[2].decode()
+
+
+def test_no_jinja(tmp_path):
+    """A template that nothing can render: the message says what to install, prompts still work."""
+    python = tmp_path / "python3"
+    python.write_text("#!/bin/sh\nexit 3\n")
+    python.chmod(0o755)
+    model = tmp_path / "model"
+    model.mkdir()
+    for file in TINY.iterdir():
+        if file.is_file():
+            (model / file.name).symlink_to(file)
+    for name in ("tokenizer_config.json", "chat_template.jinja"):
+        (model / name).unlink(missing_ok=True)
+    config = json.loads((TINY / "tokenizer_config.json").read_text())
+    config["chat_template"] = "{{ messages[0].content | own }}"
+    (model / "tokenizer_config.json").write_text(json.dumps(config))
+    with Server(ranks=0, model=model, env={"PATH": str(tmp_path)}) as one:
+        status, answer = one.post("/v1/chat/completions", chat("Hi"))
+        assert status == 400 and answer["error"]["param"] == "messages"
+        assert "python3-jinja2" in answer["error"]["message"] and "--chat-template chatml" in answer["error"]["message"]
+        assert one.complete("Hi", max_tokens=1)["choices"]
 
 
 def test_page_and_description(server):

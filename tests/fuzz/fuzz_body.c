@@ -9,48 +9,19 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "base/json.h"
-#include "base/log.h"
-#include "serve/body.h"
+#include "../support/tiny_facts.h"
 #include "serve/reply.h"
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
 
-static struct params params;
-static struct model_config config;
-static struct body_facts facts;
-
 static void open_facts(void) {
-    char path[4096], *json, *argv[] = {"fuzz", NULL};
-    size_t n;
-    tokenizer *t;
-    chat *c;
+    char path[4096];
     const char *root = getenv("SFUMATO_SOURCE_DIR");
     snprintf(path, sizeof path, "%s/models/tiny/tokenizer.json", root ? root : ".");
-    log_init(LOG_OFF, false);
-    if (params_parse(&params, PARAMS_GENERATE, 1, argv) != STATUS_OK ||
-        json_read_file(path, TOKENIZER_FILE_BYTES_MAX, false, STATUS_MODEL, &json, &n) !=
-            STATUS_OK ||
-        tokenizer_open_json(json, n, NULL, 0, &t) != STATUS_OK ||
-        chat_open(NULL, NULL, "chatml", "", "", &c) != STATUS_OK) {
+    if (tiny_facts_open(path, PARAMS_GENERATE) != STATUS_OK) {
         fprintf(stderr, "fuzz_body: %s\n", fail_text());
         exit(1);
     }
-    free(json);
-    config = (struct model_config){.temperature = -1, .top_p = -1, .top_k = -1, .min_p = -1};
-    facts = (struct body_facts){.params = &params,
-                                .config = &config,
-                                .tokenizer = t,
-                                .chat = c,
-                                .model_name = "tiny",
-                                .mode = THINK_SOFT,
-                                .vocab_count = tokenizer_vocab_count(t),
-                                .open_id = tokenizer_find(t, "<think>"),
-                                .close_id = tokenizer_find(t, "</think>"),
-                                .eos_count = 1,
-                                .eos_ids = {3},
-                                .max_model_len = 1024,
-                                .batch = true};
 }
 
 static void check(bool holds, const char *what) {

@@ -16,7 +16,7 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
-#include "base/log.h"
+#include "../support/tiny_facts.h"
 #include "serve/grpc_parts.h"
 #include "sfumato.pb-c.h"
 #include "vllm_engine.pb-c.h"
@@ -25,10 +25,6 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
 
 enum { MEMORY_MAX = 4 << 20, ITEMS_MAX = 65536, MESSAGE_MAX = 65536, READ_BYTES = 65536 };
 
-static struct params params;
-static struct model_config config;
-static struct body_facts facts;
-
 static void check(bool holds, const char *what) {
     if (holds) return;
     fprintf(stderr, "fuzz_grpc: %s\n", what);
@@ -36,33 +32,13 @@ static void check(bool holds, const char *what) {
 }
 
 static void open_facts(void) {
-    char path[4096], *json, *argv[] = {"fuzz", NULL};
-    size_t n;
-    tokenizer *t;
-    chat *c;
+    char path[4096];
     const char *root = getenv("SFUMATO_SOURCE_DIR");
     snprintf(path, sizeof path, "%s/models/tiny/tokenizer.json", root ? root : ".");
-    log_init(LOG_OFF, false);
-    check(params_parse(&params, PARAMS_SERVE, 1, argv) == STATUS_OK &&
-              json_read_file(path, TOKENIZER_FILE_BYTES_MAX, false, STATUS_MODEL, &json, &n) ==
-                  STATUS_OK &&
-              tokenizer_open_json(json, n, NULL, 0, &t) == STATUS_OK &&
-              chat_open(NULL, NULL, "chatml", "", "", &c) == STATUS_OK,
-          fail_text());
-    free(json);
-    config = (struct model_config){.temperature = -1, .top_p = -1, .top_k = -1, .min_p = -1};
-    facts = (struct body_facts){.params = &params,
-                                .config = &config,
-                                .tokenizer = t,
-                                .chat = c,
-                                .model_name = "tiny",
-                                .mode = THINK_SOFT,
-                                .vocab_count = tokenizer_vocab_count(t),
-                                .open_id = tokenizer_find(t, "<think>"),
-                                .close_id = tokenizer_find(t, "</think>"),
-                                .eos_count = 1,
-                                .eos_ids = {3},
-                                .max_model_len = 1024};
+    if (tiny_facts_open(path, PARAMS_SERVE) != STATUS_OK) {
+        fprintf(stderr, "fuzz_grpc: %s\n", fail_text());
+        exit(1);
+    }
 }
 
 static void fuzz_message(const ProtobufCMessageDescriptor *type, const uint8_t *data, size_t size) {
