@@ -31,12 +31,14 @@ struct host {
     chat_helper *helper; /* rank 0; NULL without python3 and jinja2 */
     comm *comm;
     int rank, ranks;
+    int shard_rank, shard_ranks; /* whose share this process holds: its own, but for a bench */
     source *source;
     tokenizer *tokenizer; /* rank 0 only */
     chat *chat;           /* rank 0 only; NULL without a usable template */
     backend *backend;
     model *model;
     char model_name[256];
+    char chat_fault[FAULT_TEXT_BYTES]; /* why the model's template cannot be used; "" */
     /* Rank 0: complete. Other ranks: vocab_count and ids only. */
     struct body_facts facts;
     struct backend_config backend_config;

@@ -102,6 +102,7 @@ static enum status open_chat(struct host *h, const char *template_text) {
     const enum status status = chat_open(h->helper, template_text, builtin, bos, eos, &h->chat);
     if (status == STATUS_MODEL && own) {
         log_warn("%s", fail_text());
+        snprintf(h->chat_fault, sizeof h->chat_fault, "%s", fail_text());
         return STATUS_OK;
     }
     return status;
@@ -197,13 +198,14 @@ enum status host_open_tokenizer(struct host *h) {
     f->params = &h->params;
     f->config = &h->source->config;
     f->tokenizer = h->tokenizer;
-    f->model_name = h->model_name;
+    f->model_name = f->model_names = h->model_name;
     f->batch = h->command != PARAMS_SERVE;
     f->completion_max_tokens = h->command == PARAMS_SERVE ? 16 : 0;
     f->max_model_len =
         h->params.max_model_len > 0 ? h->params.max_model_len : f->config->max_positions;
     TRY_GOTO(open_chat(h, template_text), out);
     f->chat = h->chat;
+    f->chat_fault = h->chat_fault[0] ? h->chat_fault : NULL;
     TRY_GOTO(
         find_marker(h->tokenizer, "--think-open", h->params.think_open, "<think>", &f->open_id),
         out);

@@ -47,27 +47,44 @@ def test_chat(client, question):
     assert choice.sfumato["mode"] == "soft" and choice.sfumato["seed"] == 7
 
 
+def check_stream(whole, chunks):
+    """Deltas joined = the reply in one piece."""
+    validate(whole)
+    for chunk in chunks:
+        validate(chunk)
+    assert len({(c.id, c.created, c.model, c.object, c.system_fingerprint) for c in chunks}) == 1
+    assert chunks[0].choices[0].delta.role == "assistant" and chunks[-1].choices == []
+    deltas = [c.choices[0] for c in chunks[:-1]]
+    message = whole.choices[0].message
+    assert "".join(d.delta.content or "" for d in deltas) == (message.content or "")
+    for field in ("reasoning_content", "reasoning"):
+        assert "".join(getattr(d.delta, field, None) or "" for d in deltas) == getattr(message, field)
+    assert [r for d in deltas for r in (getattr(d, "sfumato", None) or {}).get("trace", [])] == whole.choices[0].sfumato["trace"]
+    for part in ("content", "reasoning"):
+        assert [t for d in deltas if d.logprobs for t in getattr(d.logprobs, part) or []] == getattr(whole.choices[0].logprobs, part)
+    assert deltas[-1].finish_reason == whole.choices[0].finish_reason and all(c.usage is None for c in chunks[:-1])
+    usage, expected = chunks[-1].usage, whole.usage
+    assert (usage.prompt_tokens, usage.completion_tokens) == (expected.prompt_tokens, expected.completion_tokens)
+    assert usage.completion_tokens_details == expected.completion_tokens_details
+
+
 @pytest.mark.parametrize("mode", MODES)
-def test_stream_equals_whole(client, questions, mode):
-    """Deltas joined = the reply in one piece, for the same seed; every chunk validates."""
-    for seed, text in enumerate(questions(12)):
-        options = {"model": "tiny", "messages": user(text), "seed": seed, "max_tokens": 120, "logprobs": True, "top_logprobs": 2,
-                   "extra_body": think(mode, return_trace=5)}
-        whole = validate(client.chat.completions.create(**options))
-        chunks = [validate(c) for c in client.chat.completions.create(stream=True, stream_options={"include_usage": True}, **options)]
-        assert len({(c.id, c.created, c.model, c.object) for c in chunks}) == 1
-        assert chunks[0].choices[0].delta.role == "assistant" and chunks[-1].choices == []
-        deltas = [c.choices[0] for c in chunks[:-1]]
-        message = whole.choices[0].message
-        assert "".join(d.delta.content or "" for d in deltas) == (message.content or "")
-        for field in ("reasoning_content", "reasoning"):
-            assert "".join(getattr(d.delta, field, None) or "" for d in deltas) == getattr(message, field)
-        assert [r for d in deltas for r in (getattr(d, "sfumato", None) or {}).get("trace", [])] == whole.choices[0].sfumato["trace"]
-        assert [t for d in deltas if d.logprobs for t in d.logprobs.content or []] == whole.choices[0].logprobs.content
-        assert deltas[-1].finish_reason == whole.choices[0].finish_reason and all(c.usage is None for c in chunks[:-1])
-        usage, expected = chunks[-1].usage, whole.usage
-        assert (usage.prompt_tokens, usage.completion_tokens) == (expected.prompt_tokens, expected.completion_tokens)
-        assert usage.completion_tokens_details == expected.completion_tokens_details
+def test_stream_equals_whole(server, questions, mode):
+    """R1: 200 prompts, 16 at a time, each whole and as a stream with the same seed; every chunk validates."""
+    async def one(client, gate, seed, text):
+        options = {"model": "tiny", "messages": user(text), "seed": seed, "max_tokens": 60, "logprobs": True, "top_logprobs": 1,
+                   "extra_body": think(mode, return_trace=3)}
+        async with gate:
+            whole = await client.chat.completions.create(**options)
+            stream = await client.chat.completions.create(stream=True, stream_options={"include_usage": True}, **options)
+            check_stream(whole, [c async for c in stream])
+
+    async def everything():
+        gate = asyncio.Semaphore(16)
+        async with openai.AsyncOpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0) as client:
+            await asyncio.gather(*(one(client, gate, seed, text) for seed, text in enumerate(questions(200))))
+
+    asyncio.run(everything())
 
 
 def test_stream_helper(client, question):
