@@ -1,4 +1,5 @@
-/* bench.cu: what the device can do at best: reading memory, multiplying on tensor cores. */
+/* bench.cu: what the device can do at best: reading memory, multiplying on tensor cores; and a kernel
+ * that takes time. */
 #include "kernels/device.cuh"
 
 enum { SWEEP_THREADS = 512, SWEEP_UNROLL = 8, PEAK_THREADS = 256, PEAK_CHAINS = 8 };
@@ -51,5 +52,16 @@ extern "C" int kernels_peak(kernels_stream stream, int64_t rounds, float *sink, 
     *flops =
         2.0 * 16 * 8 * 16 * PEAK_CHAINS * (PEAK_THREADS / WARP) * (double)blocks * (double)rounds;
     KERNELS_LAUNCH(peak, dim3(blocks), dim3(PEAK_THREADS), 0, stream, rounds, sink);
+    return (int)cudaGetLastError();
+}
+
+static __global__ void __launch_bounds__(WARP) spin(uint64_t ns) {
+    after_previous();
+    const uint64_t begin = device_clock_ns();
+    while (device_clock_ns() - begin < ns) continue;
+}
+
+extern "C" int kernels_spin(kernels_stream stream, uint64_t ns) {
+    KERNELS_LAUNCH(spin, dim3(1), dim3(WARP), 0, stream, ns);
     return (int)cudaGetLastError();
 }

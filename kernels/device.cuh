@@ -99,6 +99,17 @@ static __device__ __forceinline__ void prefetch_weights(const void *p, int64_t b
 #endif
 }
 
+/* Nanoseconds of a clock that all blocks of a device share. */
+static __device__ __forceinline__ uint64_t device_clock_ns() {
+#ifdef KERNELS_FIBRE
+    return fibre_clock_ns();
+#else
+    uint64_t out;
+    asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(out));
+    return out;
+#endif
+}
+
 /* Weights: read once, not worth a line of L1. */
 static __device__ __forceinline__ uint4 load_stream(const uint4 *p) {
 #ifdef KERNELS_FIBRE

@@ -209,6 +209,8 @@ int kernels_think(kernels_stream stream, int count, const struct kernels_thinker
 int kernels_sweep(kernels_stream stream, const void *memory, size_t bytes, uint32_t *sink);
 /* mma.sync on registers only; *flops (host): operations of this launch. */
 int kernels_peak(kernels_stream stream, int64_t rounds, float *sink, double *flops);
+/* One block that waits for so long. */
+int kernels_spin(kernels_stream stream, uint64_t ns);
 
 #ifdef __cplusplus
 }

@@ -144,6 +144,9 @@ struct backend_ops {
     double (*read_sweep)(backend *b, int64_t kv_tokens, int64_t *bytes);
     /* Peak multiply-add rate of this ISA for `seconds`, in FLOP/s over the pool. */
     double (*peak_flops)(backend *b, double seconds);
+    /* Benchmarks only: keeps the device busy for so long, in order with the verbs, without touching
+     * memory: a collective that is not there. NULL: the host waits. */
+    void (*delay)(backend *b, double us);
 };
 
 /* First member of every backend. */

@@ -1,4 +1,4 @@
-/* cuda.c: the CUDA backend: device, memory, waiting, benchmark helpers, table of verbs.
+/* cuda.c: the CUDA backend: device, memory, waiting, table of verbs.
  *
  * One rank, one GPU: the rank's number on its host, modulo the devices it can see. The CUDA runtime
  * is linked statically and looks for the driver when first called, so the program starts anywhere.
@@ -12,7 +12,6 @@
 #include <sched.h>
 #include <stdlib.h>
 #include <string.h>
-#include <time.h>
 
 #include "base/log.h"
 
@@ -24,24 +23,18 @@ struct cuda_memory {
     struct cuda_memory *next;
 };
 
-static double seconds_now(void) {
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
-}
-
 void cuda_must(int error, const char *what) {
     if (error != 0) check_device_fault("%s: %s", what, cudaGetErrorString((cudaError_t)error));
 }
 
 void cuda_wait(struct cuda *cuda) {
-    const double start = seconds_now();
+    const double start = cuda_seconds();
     for (unsigned polls = 0;; polls++) {
         const cudaError_t state = cudaStreamQuery(cuda->stream);
         if (state == cudaSuccess) return;
         if (state != cudaErrorNotReady) cuda_must((int)state, "a kernel of this step");
         if (polls < SPIN_POLLS) continue;
-        if (cuda->base.watch) cuda->base.watch(cuda->base.watch_user, seconds_now() - start);
+        if (cuda->base.watch) cuda->base.watch(cuda->base.watch_user, cuda_seconds() - start);
         sched_yield();
     }
 }
@@ -129,55 +122,6 @@ static int64_t cuda_free_bytes(backend *b) {
 static void cuda_tree_sum(backend *b, const float *gathered, int ranks, size_t count, float *sum) {
     cuda_must(kernels_rank_tree(cuda_of(b)->stream, (int64_t)count, ranks, gathered, sum),
               "sum over ranks");
-}
-
-/* ---- benchmarks ---- */
-
-static double cuda_read_sweep(backend *b, int64_t kv_tokens, int64_t *bytes) {
-    struct cuda *cuda = cuda_of(b);
-    const struct kernels_kv *kv = &cuda->kv;
-    int64_t pages = (kv_tokens + KERNELS_PAGE_TOKENS - 1) / KERNELS_PAGE_TOKENS;
-    if (!kv->data) pages = 0;
-    if (pages > kv->page_count) pages = kv->page_count;
-    cuda_wait(cuda);
-    *bytes = 0;
-    const double start = seconds_now();
-    for (const struct matrix *m = cuda->matrices; m; m = m->next) {
-        if (m->lookup_only) continue;
-        const size_t n = kernels_matrix_bytes(&m->shape);
-        cuda_must(kernels_sweep(cuda->stream, m->shape.data, n, cuda->sink), "read sweep");
-        *bytes += (int64_t)n;
-    }
-    for (int layer = 0; layer < kv->layers && pages > 0; layer++) {
-        struct kernels_kv part = *kv;
-        part.layers = 1;
-        const size_t layer_bytes = kernels_kv_bytes(&part);
-        part.page_count = (int32_t)pages;
-        const size_t n = kernels_kv_bytes(&part);
-        cuda_must(kernels_sweep(cuda->stream, (char *)kv->data + (size_t)layer * layer_bytes, n,
-                                cuda->sink),
-                  "read sweep");
-        *bytes += (int64_t)n;
-    }
-    cuda_wait(cuda);
-    return seconds_now() - start;
-}
-
-static double cuda_peak_flops(backend *b, double seconds) {
-    enum { ROUNDS_MAX = 1 << 16 };
-    struct cuda *cuda = cuda_of(b);
-    double flops = 0.0, now;
-    const double start = seconds_now();
-    int64_t rounds = 1; /* longer and longer launches: the last ones count */
-    do {
-        double part = 0.0;
-        cuda_must(kernels_peak(cuda->stream, rounds, (float *)cuda->sink, &part), "peak rate");
-        cuda_wait(cuda);
-        flops += part;
-        if (rounds < ROUNDS_MAX) rounds *= 2;
-        now = seconds_now();
-    } while (now < start + seconds);
-    return flops / (now - start);
 }
 
 /* ---- open and close ---- */
@@ -320,4 +264,5 @@ static const struct backend_ops cuda_ops = {
     .probe_logits = cuda_probe_logits,
     .read_sweep = cuda_read_sweep,
     .peak_flops = cuda_peak_flops,
+    .delay = cuda_delay,
 };

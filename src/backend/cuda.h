@@ -4,6 +4,7 @@
  *   cuda_matrix.c   packed weights and their upload
  *   cuda_step.c     a step: the batch on the device, embedding, norms, answers
  *   cuda_attention.c, cuda_products.c    the other verbs over kernels/kernels.h
+ *   cuda_bench.c    what benchmarks ask
  *
  * One stream; a verb queues kernels and returns. The host waits in two places: `read` and
  * `candidates`, whose answers the engine decides on (a host-synchronous step). There are no CUDA
@@ -125,5 +126,11 @@ void cuda_attention(backend *b, const struct batch *batch, const struct attentio
 void cuda_row_matmul(backend *b, int rows, const matrix *w, const void *in, float *partial);
 void cuda_gate_up(backend *b, int rows, const matrix *w, const void *h, void *act);
 void cuda_logits(backend *b, int rows, const matrix *w, const void *h, float *logits);
+
+/* cuda_bench.c */
+double cuda_seconds(void); /* a steady clock */
+double cuda_read_sweep(backend *b, int64_t kv_tokens, int64_t *bytes);
+double cuda_peak_flops(backend *b, double seconds);
+void cuda_delay(backend *b, double us);
 
 #endif

@@ -45,9 +45,16 @@ static enum status refuse_idle_flags(const struct params *p, const char *bench, 
     static const struct {
         enum param_id id;
         const char *flag;
-    } flags[] = {{PARAM_dims, "--dims"},       {PARAM_layers, "--layers"}, {PARAM_batch, "--batch"},
-                 {PARAM_context, "--context"}, {PARAM_rounds, "--rounds"}, {PARAM_model, "--model"},
-                 {PARAM_seed, "--seed"}};
+    } flags[] = {{PARAM_dims, "--dims"},
+                 {PARAM_layers, "--layers"},
+                 {PARAM_batch, "--batch"},
+                 {PARAM_context, "--context"},
+                 {PARAM_rounds, "--rounds"},
+                 {PARAM_model, "--model"},
+                 {PARAM_seed, "--seed"},
+                 {PARAM_rank_of, "--rank-of"},
+                 {PARAM_collective_us, "--collective-us"},
+                 {PARAM_compare_hard, "--compare-hard"}};
     for (size_t i = 0; i < sizeof flags / sizeof *flags; i++) {
         bool is_known = false;
         for (const int *k = known; *k != PARAM_NONE; k++) is_known |= *k == (int)flags[i].id;
@@ -61,14 +68,15 @@ enum status cmd_bench(struct host *h) {
     static const struct {
         const char *name;
         enum status (*run)(struct host *h);
-        int flags[8];
-    } benches[] = {{"step",
-                    bench_step,
-                    {PARAM_dims, PARAM_layers, PARAM_batch, PARAM_context, PARAM_rounds,
-                     PARAM_model, PARAM_seed, PARAM_NONE}},
-                   {"comm", bench_comm, {PARAM_NONE}},
-                   {"sampler", bench_sampler, {PARAM_rounds, PARAM_NONE}},
-                   {"tokenizer", bench_tokenizer, {PARAM_model, PARAM_NONE}}};
+        int flags[12];
+    } benches[] = {
+        {"step",
+         bench_step,
+         {PARAM_dims, PARAM_layers, PARAM_batch, PARAM_context, PARAM_rounds, PARAM_model,
+          PARAM_seed, PARAM_rank_of, PARAM_collective_us, PARAM_compare_hard, PARAM_NONE}},
+        {"comm", bench_comm, {PARAM_NONE}},
+        {"sampler", bench_sampler, {PARAM_rounds, PARAM_NONE}},
+        {"tokenizer", bench_tokenizer, {PARAM_model, PARAM_NONE}}};
     for (size_t i = 0; h->params.positional && i < sizeof benches / sizeof *benches; i++) {
         if (strcmp(benches[i].name, h->params.positional) != 0) continue;
         TRY(refuse_idle_flags(&h->params, benches[i].name, benches[i].flags));

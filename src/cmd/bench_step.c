@@ -7,6 +7,11 @@
  * B soft-thinking sequences of random prompts at the given context. Other ranks are told what to do by
  * one-word orders over comm_bcast; inside ORDER_FOLLOW the engine's own plans rule.
  * Every run ends with a hash of all decisions: speed work must not move it.
+ *
+ * --rank-of R/N: one process holds what rank R of N would (shapes, slabs, pages), and nobody else is
+ * there. Its ids are those of its own vocabulary rows, and a collective is a wait of --collective-us.
+ * So it measures the local part of a step on N ranks; what it decides means nothing.
+ * --compare-hard: after the soft rounds the same prompts with thinking off, against floors of their own.
  */
 #include <math.h>
 #include <stdio.h>
@@ -33,6 +38,7 @@ struct sweep_answer {
 
 struct batch_result {
     int batch, steps_per_round, discarded;
+    bool hard; /* thinking off */
     bool inconclusive;
     struct bench_series step_ms, ratio, tokens_per_s, gbs;
     double comm_share, sampling_share;
@@ -48,6 +54,8 @@ struct step_bench {
     struct bench_series floor_gbs;
     int64_t weight_bytes, peak_rss_bytes;
     int64_t tokens; /* step events so far */
+    /* The ids of prompts: the vocabulary, or what there is of it. */
+    uint32_t first_id, id_count;
 };
 
 /* ---- all ranks ---- */
@@ -115,26 +123,30 @@ static void on_event(void *user, const struct engine_event *e) {
     if (e->kind == ENGINE_STEP) b->tokens++;
 }
 
-static enum status submit(struct step_bench *b, int batch) {
-    const int vocab = b->host->engine_options.vocab_count;
+static uint64_t sequence_id(const struct batch_result *r, int i) {
+    return (uint64_t)r->batch * 1024 + (r->hard ? 512 : 0) + (uint64_t)i;
+}
+
+static enum status submit(struct step_bench *b, const struct batch_result *r) {
+    const int vocab = (int)b->id_count;
     uint32_t *ids = calloc((size_t)b->context, sizeof *ids);
     if (!ids) return fail(STATUS_MEMORY, "no memory for a prompt");
     enum status status = STATUS_OK;
-    for (int i = 0; i < batch && status == STATUS_OK; i++) {
-        const uint64_t id = (uint64_t)batch * 1024 + (uint64_t)i;
+    for (int i = 0; i < r->batch && status == STATUS_OK; i++) {
+        const uint64_t id = sequence_id(r, i), prompt = (uint64_t)r->batch * 1024 + (uint64_t)i;
         for (int64_t t = 0; t < b->context; t++) {
-            ids[t] =
-                rng_draw((uint64_t)b->host->params.seed + id, (uint32_t)t, 0, RNG_CATEGORICAL, 0, 0)
-                    .word[0] %
-                (uint32_t)vocab;
+            ids[t] = b->first_id + rng_draw((uint64_t)b->host->params.seed + prompt, (uint32_t)t, 0,
+                                            RNG_CATEGORICAL, 0, 0)
+                                           .word[0] %
+                                       b->id_count;
         }
-        const struct request r = {
+        const struct request request = {
             .id = id,
             .prompt = {.count = b->context, .ids = ids},
             .choices = 1,
             .max_tokens = b->host->engine_options.max_model_len - b->context,
             .repetition_penalty = 1,
-            .think = {.mode = THINK_SOFT,
+            .think = {.mode = r->hard ? THINK_OFF : THINK_SOFT,
                       .max_topk = 10,
                       .thinking = {0.6f, vocab < 30 ? vocab : 30, 0.95f, 0.001f},
                       .answer = {0.6f, vocab < 30 ? vocab : 30, 0.95f, 0},
@@ -147,7 +159,7 @@ static enum status submit(struct step_bench *b, int batch) {
                       .open_id = -1,
                       .close_id = -1},
         };
-        status = engine_submit(b->engine, &r);
+        status = engine_submit(b->engine, &request);
     }
     free(ids);
     return status;
@@ -209,7 +221,7 @@ static enum status run_rounds(struct step_bench *b, struct batch_result *r) {
 }
 
 static enum status run_batch(struct step_bench *b, struct batch_result *r) {
-    TRY(submit(b, r->batch));
+    TRY(submit(b, r));
     give_order(b->host, ORDER_FOLLOW, 0, 0);
     const int64_t want = b->tokens + (int64_t)r->batch * WARM_STEPS;
     double step = 0;
@@ -224,7 +236,7 @@ static enum status run_batch(struct step_bench *b, struct batch_result *r) {
     r->steps_per_round = (int)fmin(n, (double)room);
     const enum status status = run_rounds(b, r);
     for (int i = 0; i < r->batch; i++) {
-        engine_cancel(b->engine, (uint64_t)r->batch * 1024 + (uint64_t)i, -1, true);
+        engine_cancel(b->engine, sequence_id(r, i), -1, true);
     }
     return status;
 }
@@ -237,16 +249,23 @@ static void print_result(const struct batch_result *r) {
                                tokens = bench_summarise(&r->tokens_per_s),
                                gbs = bench_summarise(&r->gbs);
     printf(
-        "batch %-3d  %8.3f ms a step (%.3f..%.3f)  %8.1f tokens/s  %6.2f GB/s  floor/step %.3f "
+        "batch %-3d%s  %8.3f ms a step (%.3f..%.3f)  %8.1f tokens/s  %6.2f GB/s  floor/step %.3f "
         "(%.3f..%.3f)  comm %.1f %%  sampling %.1f %%%s\n",
-        r->batch, step.median, step.min, step.max, tokens.median, gbs.median, ratio.median,
-        ratio.min, ratio.max, 100 * r->comm_share, 100 * r->sampling_share,
-        r->inconclusive ? "  INCONCLUSIVE: the machine is busy" : "");
+        r->batch, r->hard ? " hard" : "", step.median, step.min, step.max, tokens.median,
+        gbs.median, ratio.median, ratio.min, ratio.max, 100 * r->comm_share,
+        100 * r->sampling_share, r->inconclusive ? "  INCONCLUSIVE: the machine is busy" : "");
     fflush(stdout);
 }
 
+/* What soft thinking adds to a step, as a share: both against the floor of their own rounds. */
+static double soft_cost(const struct batch_result *soft, const struct batch_result *hard) {
+    const double ratio = bench_summarise(&soft->ratio).median;
+    return ratio > 0 ? bench_summarise(&hard->ratio).median / ratio - 1 : 0;
+}
+
+/* hard: beside results, NULL unless compared. */
 static void write_json(const struct step_bench *b, const struct batch_result *results,
-                       uint64_t hash, struct json_writer *w) {
+                       const struct batch_result *hard, uint64_t hash, struct json_writer *w) {
     const struct host *h = b->host;
     char text[32];
     json_begin(w, '{');
@@ -260,6 +279,12 @@ static void write_json(const struct step_bench *b, const struct batch_result *re
     json_write_text(w, backend_numerics_name(h->backend->numerics));
     json_key(w, "ranks");
     json_write_int(w, h->ranks);
+    if (h->params.rank_of) {
+        json_key(w, "rank_of");
+        json_write_text(w, h->params.rank_of);
+        json_key(w, "collective_us");
+        json_write_real(w, h->params.collective_us);
+    }
     json_key(w, "threads");
     json_write_int(w, h->backend->threads);
     json_key(w, "context");
@@ -277,6 +302,12 @@ static void write_json(const struct step_bench *b, const struct batch_result *re
         bench_write_summary(w, "step_ms", bench_summarise(&r->step_ms));
         bench_write_summary(w, "floor_ratio", bench_summarise(&r->ratio));
         bench_write_summary(w, "tokens_per_s", bench_summarise(&r->tokens_per_s));
+        if (hard) {
+            bench_write_summary(w, "hard_step_ms", bench_summarise(&hard[i].step_ms));
+            bench_write_summary(w, "hard_floor_ratio", bench_summarise(&hard[i].ratio));
+            json_key(w, "soft_cost");
+            json_write_real(w, soft_cost(r, &hard[i]));
+        }
         json_key(w, "comm_share");
         json_write_real(w, r->comm_share);
         json_key(w, "sampling_share");
@@ -300,7 +331,8 @@ static void write_json(const struct step_bench *b, const struct batch_result *re
 }
 
 static enum status run_all(struct step_bench *b) {
-    struct batch_result *results = calloc((size_t)b->batch_count, sizeof *results);
+    struct batch_result *results = calloc(2 * (size_t)b->batch_count, sizeof *results);
+    struct batch_result *hard = b->host->params.compare_hard ? results + b->batch_count : NULL;
     struct rusage before, after;
     if (!results) return fail(STATUS_MEMORY, "no memory for results");
     enum status status = STATUS_OK;
@@ -309,6 +341,13 @@ static enum status run_all(struct step_bench *b) {
         results[i].batch = b->batches[i];
         status = run_batch(b, &results[i]);
         if (status == STATUS_OK) print_result(&results[i]);
+        if (!hard || status != STATUS_OK) continue;
+        hard[i] = (struct batch_result){.batch = b->batches[i], .hard = true};
+        status = run_batch(b, &hard[i]);
+        if (status != STATUS_OK) continue;
+        print_result(&hard[i]);
+        printf("batch %-3d  soft thinking costs %.2f %%\n", b->batches[i],
+               100 * soft_cost(&results[i], &hard[i]));
     }
     getrusage(RUSAGE_SELF, &after);
     if (status == STATUS_OK) {
@@ -323,7 +362,7 @@ static enum status run_all(struct step_bench *b) {
         if (b->host->params.json) {
             struct json_writer w;
             json_writer_init(&w);
-            write_json(b, results, c.decision_hash, &w);
+            write_json(b, results, hard, c.decision_hash, &w);
             fwrite(w.bytes, 1, w.n, stdout);
             json_writer_fini(&w);
         }
@@ -348,6 +387,28 @@ static enum status read_batches(struct step_bench *b, const char *list) {
         p = *end ? end + 1 : end;
     }
     return b->batch_count ? STATUS_OK : fail(STATUS_USAGE, "--batch: no batch size given");
+}
+
+/* --rank-of R/N: what the host then holds. */
+static enum status read_rank_of(struct host *h) {
+    const struct params *p = &h->params;
+    int rank, ranks, used = 0;
+    if (!p->rank_of) {
+        return p->collective_us > 0
+                   ? fail(STATUS_USAGE,
+                          "--collective-us is for --rank-of: other ranks take their own")
+                   : STATUS_OK;
+    }
+    if (sscanf(p->rank_of, "%4d/%4d%n", &rank, &ranks, &used) != 2 || p->rank_of[used] != '\0' ||
+        rank < 0 || rank >= ranks || ranks > SHARD_RANKS_MAX) {
+        return fail(STATUS_USAGE, "--rank-of %s: it must be R/N with 0 <= R < N <= %d", p->rank_of,
+                    (int)SHARD_RANKS_MAX);
+    }
+    if (h->ranks > 1)
+        return fail(STATUS_USAGE, "--rank-of is for a process alone, not under mpirun");
+    h->shard_rank = rank;
+    h->shard_ranks = ranks;
+    return STATUS_OK;
 }
 
 /* --dims: a model of that shape with weights made from a hash. */
@@ -385,6 +446,7 @@ static enum status plan_bench(struct step_bench *b) {
 static enum status prepare(struct step_bench *b) {
     struct host *h = b->host;
     TRY(read_batches(b, h->params.batch));
+    TRY(read_rank_of(h));
     if (h->params.layers > 0 && !h->params.dims)
         return fail(STATUS_USAGE, "--layers is for --dims");
     return h->params.dims ? open_synthetic(h) : STATUS_OK;
@@ -399,6 +461,15 @@ enum status bench_step(struct host *h) {
     if (h->rank > 0) {
         obey(h);
         return STATUS_OK;
+    }
+    const shard_map *shard = model_get_shard(h->model);
+    const int64_t begin = shard->vocab_begin[0], end = begin + shard_vocab_count(shard);
+    const int64_t known = h->engine_options.vocab_count;
+    b.first_id = (uint32_t)begin;
+    b.id_count = (uint32_t)((end < known ? end : known) - begin);
+    if (begin >= known) {
+        return fail(STATUS_USAGE, "--rank-of %s: this rank's vocabulary rows are all padding",
+                    h->params.rank_of);
     }
     enum status status = engine_new(h->model, h->comm, &h->engine_options, on_event, &b, &b.engine);
     if (status == STATUS_OK) status = run_all(&b);

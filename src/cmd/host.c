@@ -42,6 +42,8 @@ enum status host_join(struct host *h, const struct command *command, int argc, c
     TRY(comm_open(&argc, &argv, &h->comm));
     h->rank = comm_rank(h->comm);
     h->ranks = comm_size(h->comm);
+    h->shard_rank = h->rank;
+    h->shard_ranks = h->ranks;
     if (h->rank > 0) {
         chat_helper_stop(h->helper);
         h->helper = NULL;
@@ -151,7 +153,9 @@ void host_plan_model(struct host *h) {
         .weight_dtype = f32 ? BACKEND_F32 : BACKEND_BF16,
         .kv_dtype = p->kv_dtype == 0 ? (f32 ? BACKEND_F32 : BACKEND_BF16)
                                      : (p->kv_dtype == 1 ? BACKEND_F32 : BACKEND_BF16),
-        .slabs = p->slabs > 0 ? (int)p->slabs : shard_default_slabs(h->ranks),
+        .slabs = p->slabs > 0 ? (int)p->slabs : shard_default_slabs(h->shard_ranks),
+        .slice_ranks = h->shard_ranks,
+        .slice_rank = h->shard_rank,
         .rows_max = h->engine_options.max_batched_tokens,
         .logit_rows_max = engine_logit_rows_max(&h->engine_options),
         .max_positions = (int)h->engine_options.max_model_len,
@@ -178,7 +182,7 @@ static enum status check_options(struct host *h) {
                     "--backend cuda");
     }
     config_shard_dims(c, &dims);
-    return shard_check(&dims, h->model_options.slabs, h->ranks);
+    return shard_check(&dims, h->model_options.slabs, h->shard_ranks);
 }
 
 static void warn_of_threads(const struct host *h) {
@@ -298,6 +302,7 @@ static enum status setup_comm(struct host *h) {
         .timeout_seconds = h->params.collective_timeout,
         .device = h->backend->ops->free_bytes ? h->backend : NULL,
         .tree_sums = h->params.deterministic,
+        .stand_in_us = h->params.collective_us,
     };
     engine_comm_needs(&h->engine_options, &config.bcast_bytes_max, &config.gather_bytes_max,
                       model_vocab_local_max(h->model));

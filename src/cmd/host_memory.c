@@ -71,7 +71,7 @@ static enum status no_room(int64_t needed, int64_t available, int64_t tokens) {
 /* Pages this rank can hold, and its own view of whether the model fits at all. */
 static enum status own_pages(struct host *h, int64_t *pages, int64_t *available) {
     const int local = comm_local_size(h->comm);
-    TRY(model_need(&h->source->config, &h->model_options, h->ranks, h->rank, &h->need));
+    TRY(model_need(&h->source->config, &h->model_options, h->shard_ranks, h->shard_rank, &h->need));
     const struct backend_ops *ops = h->backend->ops;
     *available = ops->free_bytes ? ops->free_bytes(h->backend) : host_free_bytes() / local;
     const double share = ops->free_bytes ? KV_SHARE_DEVICE : KV_SHARE;
@@ -116,7 +116,7 @@ enum status host_plan_memory(struct host *h) {
                  (long long)h->engine_options.max_model_len, (long long)fits);
         h->engine_options.max_model_len = fits;
         h->model_options.max_positions = (int)fits;
-        TRY(model_need(&h->source->config, &h->model_options, h->ranks, h->rank, &h->need));
+        TRY(model_need(&h->source->config, &h->model_options, h->shard_ranks, h->shard_rank, &h->need));
     }
     h->engine_options.page_count = (int32_t)pages;
     h->facts.max_model_len = h->engine_options.max_model_len;

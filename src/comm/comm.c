@@ -176,6 +176,19 @@ enum status comm_setup(comm *c, const struct comm_config *config) {
 
 float *comm_slot(comm *c) { return c->sums ? c->sums->slot(c) : c->path->slot(c); }
 
+/* See stand_in_us in comm.h. on_device: what is waited for is in order with the verbs. */
+static void stand_in(comm *c, bool on_device) {
+    const double us = c->config.stand_in_us;
+    backend *be = c->config.device;
+    if (us <= 0) return;
+    if (on_device && be) {
+        be->ops->delay(be, us);
+        return;
+    }
+    const uint64_t begin_ns = comm_clock_ns();
+    while (1e-3 * (double)(comm_clock_ns() - begin_ns) < us) continue;
+}
+
 void comm_all_reduce(comm *c, size_t count, float *sum) {
     ASSERT_LE(count, c->config.slot_floats);
     const double waited_before = c->times.wait_seconds;
@@ -185,6 +198,7 @@ void comm_all_reduce(comm *c, size_t count, float *sum) {
     } else {
         c->path->all_reduce(c, count, sum);
     }
+    stand_in(c, true);
     const double seconds = 1e-9 * (double)(comm_clock_ns() - begin_ns);
     c->times.move_seconds += seconds - (c->times.wait_seconds - waited_before);
     c->times.all_reduce_count++;
@@ -198,6 +212,7 @@ void comm_all_reduce_norm(comm *c, backend *be, const struct comm_norm *n, float
 
 void comm_all_gather(comm *c, const void *mine, size_t n, void *all) {
     const size_t slot_bytes = c->config.slot_floats * sizeof(float);
+    stand_in(c, true);
     if (c->sums) {
         c->sums->all_gather(c, mine, n, all);
         return;
@@ -218,6 +233,7 @@ size_t comm_bcast(comm *c, const void *mine, size_t n, const void **bytes) {
 
 const void *comm_gather(comm *c, const void *mine, size_t n) {
     ASSERT_LE(n, c->config.gather_bytes_max);
+    stand_in(c, false);
     return c->path->gather(c, mine, n);
 }
 

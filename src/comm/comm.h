@@ -36,6 +36,9 @@ struct comm_config {
      * host memory. The backend must outlive the comm. */
     backend *device;
     bool tree_sums; /* NCCL: sums in tree order (--deterministic); the other paths have no other */
+    /* Every sum and gather then takes so much longer. For a bench of one rank that has the share of
+     * one of many: what their collectives would cost. */
+    double stand_in_us;
 };
 
 /* Joins the job: MPI_Init_thread when started by mpirun (or a compatible launcher), else one rank

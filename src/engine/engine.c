@@ -72,10 +72,15 @@ enum status engine_new(model *m, comm *c, const struct engine_options *options,
         status = fail(STATUS_MEMORY, "no memory for a row of %zu logits", vocab);
         goto out;
     }
-    const int ranks = comm_size(c), slabs = model_get_shard(m)->slabs;
+    const shard_map *shard = model_get_shard(m);
+    const int ranks = comm_size(c), slabs = shard->slabs;
     ASSERT_LE(ranks, MERGE_RANKS_MAX);
     for (int r = 0; r <= ranks; r++)
         e->vocab_begin[r] = shard_slab_begin(r * slabs / ranks, config->vocab_rows, slabs);
+    if (ranks == 1) { /* all there is, or a share (model_options) that is all that is asked */
+        e->vocab_begin[0] = shard->vocab_begin[0];
+        e->vocab_begin[1] = shard->vocab_begin[shard->slab_count];
+    }
     *out = e;
     return STATUS_OK;
 out:

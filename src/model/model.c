@@ -85,8 +85,10 @@ enum status model_open(source *src, const struct model_options *options, backend
     m->be = be;
     m->c = c;
     config_shard_dims(&m->config, &dims);
-    TRY_GOTO(shard_check(&dims, options->slabs, comm_size(c)), out);
-    shard_map_init(&m->shard, &dims, options->slabs, comm_size(c), comm_rank(c));
+    const int ranks = options->slice_ranks > 0 ? options->slice_ranks : comm_size(c);
+    const int rank = options->slice_ranks > 0 ? options->slice_rank : comm_rank(c);
+    TRY_GOTO(shard_check(&dims, options->slabs, ranks), out);
+    shard_map_init(&m->shard, &dims, options->slabs, ranks, rank);
 
     const int heads = shard_head_count(&m->shard);
     m->layers = calloc((size_t)m->config.layers, sizeof *m->layers);

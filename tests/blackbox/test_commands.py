@@ -106,6 +106,31 @@ def test_bench_step_smoke():
 
 
 @pytest.mark.slow
+def test_bench_step_of_one_rank_among_many(tmp_path):
+    """Shares add up to the whole; a collective takes what it is told to; the price of soft thinking is reported."""
+    shape = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 128, "intermediate_size": 512,
+             "num_hidden_layers": 2, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 16, "vocab_size": 512,
+             "rms_norm_eps": 1e-5, "rope_theta": 10000, "max_position_embeddings": 2048, "torch_dtype": "bfloat16",
+             "tie_word_embeddings": False}
+    (tmp_path / "config.json").write_text(json.dumps(shape))
+
+    def bench(*flags):
+        result = launch("bench", "step", "--quiet", "--dims", str(tmp_path / "config.json"), "--batch", "1", "--context", "20",
+                        "--rounds", "3", "--json", *flags, model=None)
+        assert result.status == 0, result.err
+        return json.loads(result.out.splitlines()[-1])
+
+    # q and o 128 x 128, k and v 64 x 128, gate, up and down 512 x 128, two vocabularies, all of bf16
+    whole = 2 * (2 * (2 * 128 * 128 + 2 * 64 * 128 + 3 * 512 * 128) + 2 * 512 * 128)
+    assert bench()["weight_bytes"] == whole
+    shares = [bench("--rank-of", f"{r}/4") for r in range(4)]
+    assert sum(s["weight_bytes"] for s in shares) == whole
+    assert shares[3]["rank_of"] == "3/4" and shares[3]["ranks"] == 1
+    slow = bench("--rank-of", "2/4", "--collective-us", "2000", "--compare-hard")["batches"][0]
+    assert slow["step_ms"]["min"] >= 6 * 2.0  # the concept token, two a layer, the gather
+    assert slow["hard_step_ms"]["min"] >= 6 * 2.0 and -0.9 < slow["soft_cost"] < 9
+
+
 def test_bench_others_smoke():
     assert b"candidates" in launch("bench", "sampler", "--quiet", "--rounds", "3", model=None).out
     assert launch("bench", "tokenizer", "--quiet").status == 0

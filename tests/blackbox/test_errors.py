@@ -126,6 +126,8 @@ def test_prompt_too_long():
         (["score"], ["--input"]),
         (["bench", "stairs"], ["step"]),
         (["bench", "comm", "--batch", "4"], ["--batch", "comm"]),
+        (["bench", "step", "--rank-of", "8/8"], ["--rank-of", "R/N"]),
+        (["bench", "step", "--collective-us", "5"], ["--rank-of"]),
         (["frob"], ["frob", "generate"]),
     ],
 )

@@ -8,6 +8,7 @@
 #include <sched.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <time.h>
 #include <ucontext.h>
 
 #include <memory>
@@ -63,6 +64,7 @@ thread_local fibre *now;
 thread_local int alive;
 thread_local bool moved; /* somebody got past a barrier, polled or returned, in this round */
 thread_local bool polled;
+thread_local void (*touched)(const void *, bool);
 thread_local fibre_body *body;
 thread_local void *body_context;
 #ifdef FIBRE_SANITIZED
@@ -181,6 +183,18 @@ void run_block(dim3 block, int threads) {
 }  // namespace
 
 void __syncthreads() { wait(&block_barrier, alive); }
+
+void fibre_touch(const void *p, bool store) {
+    if (touched) touched(p, store);
+}
+
+extern "C" void fibre_on_touch(void (*hook)(const void *p, bool store)) { touched = hook; }
+
+uint64_t fibre_clock_ns() {
+    timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
+}
 
 void fibre_spin() {
     moved = polled = true;

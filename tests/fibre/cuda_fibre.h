@@ -79,6 +79,11 @@ void fibre_launch(dim3 grid, dim3 block, size_t shared_bytes, Body body) {
 void __syncthreads();
 /* Lets the other threads of the block run, and other devices: for loops that poll. */
 void fibre_spin();
+uint64_t fibre_clock_ns();
+/* Called by every access of memory that several devices see, before it is made; a test's hook (of
+ * this OS thread; NULL: none) may delay it. */
+void fibre_touch(const void *p, bool store);
+extern "C" void fibre_on_touch(void (*hook)(const void *p, bool store));
 void fibre_after_previous();
 /* Reads the first and the last byte. */
 void fibre_prefetch(const void *p, int64_t bytes);
