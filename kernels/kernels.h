@@ -103,6 +103,52 @@ int kernels_add_norm_rows(kernels_stream stream, const int32_t *rows, int row_co
 int kernels_rank_tree(kernels_stream stream, int64_t count, int ranks, const float *gathered,
                       float *sum);
 
+/* ---- sums and exchanges over peers' memory (reduce.cu) ---- */
+
+/* Ranks whose GPUs see one another's memory. Each owns a region (kernels_peers_bytes, device memory
+ * of its own that all have opened) and launches the same calls in the same order; a call's number
+ * lives in the region, so calls may be captured and replayed. Sums are in tree order, whatever the
+ * way, and x and h are those of kernels_add_norm after kernels_rank_tree, bit for bit.
+ *
+ * A kernel that waits for a peer looks at its watch now and then. When abort is set or patience is
+ * over it sets failed and leaves, and so does every later kernel: what they should have written is
+ * then undefined, and the host must end the job. */
+enum { KERNELS_PEERS_MAX = 8 };
+enum kernels_way { KERNELS_ONE_SHOT, KERNELS_TWO_SHOT };
+struct kernels_watch { /* host memory mapped into the device; zeroed */
+    uint64_t abort;    /* host writes */
+    uint64_t failed;   /* device writes, last and with release: 1 patience over, 2 abort seen */
+    uint32_t missing;  /* rank that was waited for */
+    uint32_t gather;   /* in a gather, not a sum */
+    uint64_t number;   /* of that kind of call, from 1; sums: of that way */
+};
+struct kernels_peers {
+    int32_t rank, ranks;     /* 2..KERNELS_PEERS_MAX */
+    int32_t buffers;         /* that one-shot sums rotate over: 3 (2 would be wrong, see reduce.cu) */
+    int32_t blocks_max;      /* of a launch: all must fit on the device at once */
+    int64_t one_shot_floats; /* largest one-shot sum; a multiple of 4, as the next */
+    int64_t slot_floats;     /* largest sum */
+    int64_t gather_words;    /* 4-byte words of a rank in one gather */
+    uint64_t patience_ns;    /* 0: for ever */
+    struct kernels_watch *watch;     /* as the device sees it */
+    void *region[KERNELS_PEERS_MAX]; /* as this device sees them */
+};
+size_t kernels_peers_bytes(const struct kernels_peers *p);
+/* Own region, before any peer's first call. */
+int kernels_peers_clear(kernels_stream stream, const struct kernels_peers *p);
+/* Where this rank's partial goes: [slot_floats], in its region. */
+float *kernels_peers_slot(const struct kernels_peers *p);
+/* sum[count] = tree over ranks of their slots. ONE_SHOT: count <= one_shot_floats. */
+int kernels_peers_sum(kernels_stream stream, enum kernels_way way, const struct kernels_peers *p,
+                      int64_t count, float *sum);
+/* The same, then kernels_add_norm on the sum, in one launch. */
+int kernels_peers_sum_norm(kernels_stream stream, enum kernels_way way,
+                           const struct kernels_peers *p, int rows, int hidden, bool first,
+                           float scale, float *x, const float *weight, float eps, uint16_t *h);
+/* all[r * stride ..] = bytes of rank r's mine, for every r. bytes <= 4 gather_words. */
+int kernels_peers_gather(kernels_stream stream, const struct kernels_peers *p, const void *mine,
+                         size_t bytes, void *all, size_t stride);
+
 /* ---- products (product.cu: mma; gemv.cu: up to 4 rows in fast mode) ---- */
 
 /* For every matrix of the model: row_tiles_max = largest row_tiles. */

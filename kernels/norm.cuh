@@ -8,7 +8,10 @@
 
 #include "kernels/device.cuh"
 
-enum { NORM_THREADS = 512 };
+#ifndef KERNELS_NORM_THREADS /* fewer under ThreadSanitizer, to which every fibre is a thread */
+#define KERNELS_NORM_THREADS 512
+#endif
+enum { NORM_THREADS = KERNELS_NORM_THREADS };
 
 /* x_out: the new residual [D], NULL when it is not wanted; may be x. sum(k): V floats of the sum from
  * column k on, asked for by the thread that needs them. V: 4 when D is a multiple of 4, else 1. A

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 
-HOT = ["gemv", "product_mma", "attention", "add_norm", "heads_append", "candidates"]
+HOT = ["gemv", "product_mma", "attention", "add_norm", "heads_append", "candidates", "one_shot", "two_shot", "gather"]
 
 
 def kernels_of(text):

@@ -26,6 +26,23 @@ if(CMAKE_CXX_COMPILER)
   endforeach()
 endif()
 
+# ThreadSanitizer over ranks as threads: the protocols between devices, without the other kernels.
+if(CMAKE_CXX_COMPILER AND NOT SFUMATO_ASAN)
+  add_executable(test_l_reduce_tsan l_reduce.c suite.c fibre/cuda_fibre.cpp ${CMAKE_SOURCE_DIR}/kernels/reduce.cu
+                 ${CMAKE_SOURCE_DIR}/kernels/rows.cu)
+  target_compile_definitions(test_l_reduce_tsan PRIVATE _GNU_SOURCE KERNELS_FIBRE REDUCE_ALONE
+                             KERNELS_NORM_THREADS=64)
+  target_include_directories(test_l_reduce_tsan PRIVATE ${CMAKE_SOURCE_DIR} ${CMAKE_CURRENT_SOURCE_DIR}
+                             ${CMAKE_SOURCE_DIR}/src)
+  target_compile_options(test_l_reduce_tsan PRIVATE -fsanitize=thread -ffp-contract=off -fno-strict-aliasing
+                         -Wno-unknown-pragmas)
+  target_link_options(test_l_reduce_tsan PRIVATE -fsanitize=thread)
+  target_link_libraries(test_l_reduce_tsan PRIVATE PkgConfig::CUNIT Threads::Threads m)
+  set_target_properties(test_l_reduce_tsan PROPERTIES LINKER_LANGUAGE CXX CXX_STANDARD 17)
+  add_test(NAME l_reduce_tsan COMMAND test_l_reduce_tsan)
+  set_tests_properties(l_reduce_tsan PROPERTIES ENVIRONMENT "${test_env}" TIMEOUT 240)
+endif()
+
 # The same suites on a device, where there is one.
 if(SFUMATO_HAVE_CUDA)
   foreach(suite ${kernel_suites})
