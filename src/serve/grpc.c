@@ -212,6 +212,7 @@ static void on_closed(void *user, h2_stream *s) {
     (void)user;
     if (!r) return;
     drop_call(r, CALL_DISCONNECTED);
+    if (r->render) render_cancel(r->render);
     grpc_health_forget(r);
     for (int i = 0; r->choices && i < r->choice_count; i++) {
         json_writer_fini(&r->choices[i].text);
@@ -267,5 +268,11 @@ static void front_close(void *state) {
     free(g);
 }
 
-const struct front grpc_front = {"grpc",      front_open, front_port,
-                                 front_drain, front_busy, front_close};
+const struct front grpc_front = {
+    .name = "grpc",
+    .open = front_open,
+    .port = front_port,
+    .drain = front_drain,
+    .busy = front_busy,
+    .close = front_close,
+};

@@ -268,7 +268,8 @@ static void on_complete(struct evhttp_request *request, void *user) {
 void http_finish(struct exchange *x) {
     unlink_exchange(x);
     http_count(x);
-    if (x->chunk) evbuffer_free(x->chunk);
+    if (x->http->gathering == x) x->http->gathering = NULL;
+    json_writer_fini(&x->out);
     free(x);
 }
 
@@ -455,6 +456,7 @@ const struct front http_front = {
     .name = "http",
     .open = http_open,
     .port = http_port,
+    .flush = http_flush,
     .busy = http_busy,
     .close = http_close,
 };

@@ -54,7 +54,7 @@ struct exchange {
     bool streaming;         /* the status line of a stream is out */
     bool answered;          /* nothing more will be said; x lives until it is written */
     int status;             /* of the answer */
-    struct evbuffer *chunk; /* of a stream, used again */
+    struct json_writer out; /* of a stream: gathered bytes, to be sent in one go */
     struct exchange *next, *prev;
     /* The client has gone, before an answer; the exchange is freed after this. May be NULL. */
     void (*on_gone)(struct exchange *x);
@@ -69,8 +69,8 @@ void http_header(struct exchange *x, const char *name, const char *value);
 
 /* ---- streams ---- */
 void http_stream_begin(struct exchange *x);
-/* One event: "data: " bytes "\n\n". False: the reader is too slow; the caller cancels and calls
- * http_cut. */
+/* One event: "data: " bytes "\n\n". It is sent when another stream has its turn, or at the end of
+ * the engine's news. False: the reader is too slow; the caller cancels and calls http_cut. */
 bool http_stream_data(struct exchange *x, const void *bytes, size_t n);
 void http_stream_comment(struct exchange *x, const char *text);
 /* close: also end the connection (after an error event). */

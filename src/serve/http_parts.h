@@ -24,8 +24,11 @@ struct http {
     bool resting; /* the listener is disabled */
     struct event *sweep, *on_fresh;
     struct exchange *exchanges; /* not completely written yet */
+    struct exchange *gathering; /* its `out` holds bytes; NULL: nobody's does */
 };
 
+/* Sends what is gathered. */
+void http_flush(void *state);
 /* Nothing more will be said: what is left to write must go out within the idle limit. */
 void http_answered(struct exchange *x, int status);
 /* Counts and frees the exchange. */

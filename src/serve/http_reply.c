@@ -1,10 +1,15 @@
 /* http_reply.c: answers: whole bodies, errors, event streams (serving.md §4.2, §5). */
 #include <event2/bufferevent.h>
+#include <event2/http.h>
+#include <event2/http_struct.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/socket.h>
 
 #include "serve/http_parts.h"
+
+enum { GATHER_BYTES = 16 * 1024 }; /* of one stream, then they are sent */
 
 void http_header(struct exchange *x, const char *name, const char *value) {
     evhttp_add_header(evhttp_request_get_output_headers(x->request), name, value);
@@ -115,35 +120,77 @@ void http_stream_begin(struct exchange *x) {
     evhttp_send_reply_start(x->request, 200, reason_of(200));
 }
 
-static struct evbuffer *output_of(const struct exchange *x) {
-    struct evhttp_connection *connection = evhttp_request_get_connection(x->request);
-    return bufferevent_get_output(evhttp_connection_get_bufferevent(connection));
+static struct bufferevent *wire_of(const struct exchange *x) {
+    return evhttp_connection_get_bufferevent(evhttp_request_get_connection(x->request));
 }
 
-static void send_chunk(struct exchange *x, const char *before, const void *bytes, size_t n) {
-    struct evbuffer *chunk = x->chunk;
-    if (!chunk) chunk = x->chunk = evbuffer_new();
-    if (!chunk) return;
-    evbuffer_add(chunk, before, strlen(before));
-    evbuffer_add(chunk, bytes, n);
-    evbuffer_add(chunk, "\n\n", 2);
-    evhttp_send_reply_chunk(x->request, chunk);
+/* Chunked transfer puts a length before each part and an end of line behind it. */
+static void gather(struct exchange *x, const char *before, const void *bytes, size_t n) {
+    static const char end[] = "\n\n\r\n";
+    char head[32] = "";
+    const bool chunked = x->request->chunked;
+    const size_t before_n = strlen(before);
+    const int head_n = chunked ? snprintf(head, sizeof head, "%zx\r\n", before_n + n + 2) : 0;
+    struct json_writer *out = &x->out;
+    json_write_bytes(out, head, (size_t)head_n);
+    json_write_bytes(out, before, before_n);
+    json_write_bytes(out, bytes, n);
+    json_write_bytes(out, end, chunked ? 4 : 2);
+}
+
+/* Straight to the socket: libevent would arm the descriptor, come round, write and disarm it again,
+ * four system calls an event instead of one. What the socket does not take, or what must wait behind
+ * such bytes, libevent writes when there is room. */
+static void send_gathered(struct exchange *x) {
+    struct evbuffer *waiting = bufferevent_get_output(wire_of(x));
+    struct json_writer *out = &x->out;
+    size_t sent = 0;
+    if (x->http->gathering == x) x->http->gathering = NULL;
+    if (out->n > 0 && evbuffer_get_length(waiting) == 0) {
+        const ssize_t n = send(bufferevent_getfd(wire_of(x)), out->bytes, out->n, MSG_NOSIGNAL);
+        if (n > 0) sent = (size_t)n; /* an error: libevent meets it again, and tells */
+    }
+    if (sent < out->n) evbuffer_add(waiting, out->bytes + sent, out->n - sent);
+    json_writer_clear(out);
+}
+
+void http_flush(void *state) {
+    struct http *h = state;
+    if (h->gathering) send_gathered(h->gathering);
+}
+
+/* Bytes that the socket does not take. The loop may not have come round for a while (a burst, a busy
+ * machine): the reader is only slow if the socket still refuses. */
+static size_t unsent(struct exchange *x, size_t limit) {
+    struct evbuffer *waiting = bufferevent_get_output(wire_of(x));
+    if (evbuffer_get_length(waiting) > limit) {
+        evbuffer_unfreeze(waiting, 1); /* frozen so that nobody but libevent writes by accident */
+        evbuffer_write(waiting, bufferevent_getfd(wire_of(x)));
+        evbuffer_freeze(waiting, 1);
+    }
+    return evbuffer_get_length(waiting);
 }
 
 /* What was left unsent before this event counts: one event may be larger than the limit. */
 bool http_stream_data(struct exchange *x, const void *bytes, size_t n) {
-    const size_t unsent = evbuffer_get_length(output_of(x));
-    if (unsent > (size_t)x->site->params->stream_buffer) return false;
-    send_chunk(x, "data: ", bytes, n);
-    return true;
+    const size_t limit = (size_t)x->site->params->stream_buffer;
+    if (x->http->gathering != x) http_flush(x->http);
+    if (x->out.n > GATHER_BYTES) send_gathered(x);
+    if (unsent(x, limit) > limit) return false;
+    gather(x, "data: ", bytes, n);
+    x->http->gathering = x;
+    return !x->out.failed;
 }
 
 void http_stream_comment(struct exchange *x, const char *text) {
-    send_chunk(x, ": ", text, strlen(text));
+    gather(x, ": ", text, strlen(text));
+    send_gathered(x);
 }
 
 void http_stream_end(struct exchange *x, bool close) {
     http_answered(x, 200);
+    if (x->http->gathering == x) x->http->gathering = NULL;
+    evbuffer_add(bufferevent_get_output(wire_of(x)), x->out.bytes, x->out.n);
     /* The headers are out; libevent looks here again when the last byte has been written. */
     if (close) http_header(x, "Connection", "close");
     evhttp_send_reply_end(x->request);

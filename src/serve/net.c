@@ -218,6 +218,9 @@ static void on_up(evutil_socket_t fd, short what, void *user) {
     (void)fd;
     (void)what;
     service_read(n->service);
+    for (int i = 0; i < FRONT_COUNT; i++) {
+        if (n->fronts[i] && fronts[i]->flush) fronts[i]->flush(n->fronts[i]);
+    }
     if (n->phase != NET_SERVING || service_get_state(n->service) == SERVICE_DRAINING) go_on(n);
 }
 

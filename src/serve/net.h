@@ -41,6 +41,8 @@ struct front {
     /* The service drains: say so to clients (GOAWAY). New calls are refused by the service. May be
      * NULL. */
     void (*drain)(void *state);
+    /* The engine's news have been read: what is gathered for the sockets goes out. May be NULL. */
+    void (*flush)(void *state);
     /* Answers not yet written to their sockets: the loop stays a little for them. */
     bool (*busy)(const void *state);
     void (*close)(void *state); /* closes listener and connections */
