@@ -82,6 +82,7 @@ static bool obey(const struct down_message *m) {
         }
         return true;
     }
+    task_free(m->task);
     ASSERT_LT(fake.live_count, STREAMS_MAX);
     fake.live[fake.live_count++] =
         (struct live){m->request->id, m->request->max_tokens, 0, m->request->think.seed};

@@ -20,6 +20,7 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "base/alloc_watch.h"
 #include "base/log.h"
 
 enum {
@@ -102,6 +103,7 @@ static void *worker_main(void *argument) {
     struct worker *w = argument;
     cpu_pool *pool = w->pool;
     if (w->cpu >= 0) pin_self(w->cpu);
+    alloc_watch_thread(true);
     unsigned seen = 0;
     for (;;) {
         seen = wait_change(&pool->generation, &pool->workers_asleep, seen, pool->spin_pauses);

@@ -29,10 +29,14 @@ static void set_log(const struct host *h) {
 
 enum status host_phase(struct host *h, enum status mine, const char *what, const char *detail) {
     TRY(comm_agree(h->comm, mine));
+    host_phase_alone(h, what, detail);
+    return STATUS_OK;
+}
+
+void host_phase_alone(struct host *h, const char *what, const char *detail) {
     const double now = progress_clock();
     log_info("%s%s%s: %.2f s", what, detail ? " " : "", detail ? detail : "", now - h->phase_start);
     h->phase_start = now;
-    return STATUS_OK;
 }
 
 enum status host_join(struct host *h, const struct command *command, int argc, char **argv) {
@@ -345,6 +349,13 @@ static void log_ranks(struct host *h) {
     }
 }
 
+void host_log_ready(const struct host *h) {
+    log_info("ready: %s, %d rank%s, %s, %s weights, numeric class %s, %.2f s", h->model_name,
+             h->ranks, h->ranks == 1 ? "" : "s", backend_isa_name(h->backend->isa),
+             h->model_options.weight_dtype == BACKEND_F32 ? "f32" : "bf16",
+             backend_numerics_name(h->backend->numerics), progress_clock() - h->start);
+}
+
 enum status host_open_model(struct host *h) {
     host_plan_model(h);
     TRY(comm_agree(h->comm, check_options(h)));
@@ -362,10 +373,7 @@ enum status host_open_model(struct host *h) {
     log_info("Maximum concurrency for %lld tokens per request: %.2fx",
              (long long)h->engine_options.max_model_len,
              tokens / (double)h->engine_options.max_model_len);
-    log_info("ready: %s, %d rank%s, %s, %s weights, numeric class %s, %.2f s", h->model_name,
-             h->ranks, h->ranks == 1 ? "" : "s", backend_isa_name(h->backend->isa),
-             h->model_options.weight_dtype == BACKEND_F32 ? "f32" : "bf16",
-             backend_numerics_name(h->backend->numerics), progress_clock() - h->start);
+    if (h->command != PARAMS_SERVE) host_log_ready(h);
     return STATUS_OK;
 }
 

@@ -67,13 +67,17 @@ struct command {
 
 enum status host_join(struct host *h, const struct command *command, int argc, char **argv);
 enum status host_open_text(struct host *h);
-/* A model whose source is open. With synthetic weights there is no tokenizer. */
+/* A model whose source is open. With synthetic weights there is no tokenizer. A service has more to
+ * do before it is ready and says so itself (host_log_ready). */
 enum status host_open_model(struct host *h);
+void host_log_ready(const struct host *h);
 /* Takes the command's status and returns the exit code. Prints the last failure, once for all ranks. */
 int host_leave(struct host *h, enum status status);
 
 /* Collective end of a start-up phase: agreement, then a log line "what: seconds" (detail may be NULL). */
 enum status host_phase(struct host *h, enum status mine, const char *what, const char *detail);
+/* The same for work of rank 0 that cannot fail: no agreement. */
+void host_phase_alone(struct host *h, const char *what, const char *detail);
 /* Options that go into model_need, without opening anything: also for `inspect`. */
 void host_plan_model(struct host *h);
 /* backend_config from the options, rows_max and the like. Collective: one numeric class for all. */

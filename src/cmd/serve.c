@@ -10,6 +10,7 @@
 #include <string.h>
 #include <time.h>
 
+#include "base/alloc_watch.h"
 #include "base/log.h"
 #include "cmd/commands.h"
 #include "kv/pages.h"
@@ -75,7 +76,8 @@ static void on_event(void *user, const struct engine_event *event) {
 static bool obey(struct serving *s, const struct down_message *m) {
     switch (m->kind) {
         case DOWN_SUBMIT:
-            if (engine_submit(s->engine, m->request) != STATUS_OK) {
+            if ((m->task ? engine_take(s->engine, m->task)
+                         : engine_submit(s->engine, m->request)) != STATUS_OK) {
                 up_refused(s->wires->up, m->request->id, fail_last());
             }
             return true;
@@ -187,8 +189,38 @@ static enum status open_engine(struct serving *s) {
     h->facts.fingerprint = s->fingerprint;
     h->facts.created = (int64_t)time(NULL);
     report_start(s);
-    publish(s);
     return STATUS_OK;
+}
+
+/* Everything is there: what engine threads allocate from now on is counted. */
+static void start_work(struct serving *s) {
+    engine_warm_up(s->engine);
+    host_phase_alone(s->host, "warm-up", NULL);
+    host_log_ready(s->host);
+    publish(s);
+    alloc_watch_thread(true);
+    alloc_watch_begin();
+}
+
+/* After the last step, on every rank. */
+static void report_allocations(const struct host *h) {
+    const int64_t own = alloc_watch_end();
+    alloc_watch_thread(false);
+    const int64_t *all = comm_gather(h->comm, &own, sizeof own);
+    char text[256] = "";
+    int64_t sum = 0;
+    for (int r = 0; all && r < h->ranks; r++) {
+        const size_t n = strlen(text);
+        snprintf(text + n, sizeof text - n, "%s%lld", r ? ", " : "", (long long)all[r]);
+        sum += all[r] > 0 ? all[r] : 0;
+    }
+    if (!all) return;
+    if (own < 0) {
+        log_info("allocations by engine threads are not counted in this build");
+    } else {
+        log_line(sum > 0 ? LOG_WARN : LOG_INFO,
+                 "allocations by engine threads from ready to drain, by rank: %s", text);
+    }
 }
 
 enum status cmd_serve(struct host *h) {
@@ -199,13 +231,17 @@ enum status cmd_serve(struct host *h) {
     TRY_GOTO(comm_agree(h->comm, check_early(&s)), out);
     TRY_GOTO(host_open_model(h), out);
     if (h->rank > 0) {
+        alloc_watch_thread(true);
         engine_follow(h->model, h->comm, &h->engine_options);
+        report_allocations(h);
         return STATUS_OK;
     }
     if (open_engine(&s) != STATUS_OK) comm_abort(h->comm, STATUS_MEMORY, fail_text());
+    start_work(&s);
     net_ready(s.net, &h->facts);
     work(&s);
     engine_stop(s.engine);
+    report_allocations(h);
 out:
     if (s.net && net_join(s.net) && status == STATUS_OK) {
         status = fail(STATUS_PARTIAL, "requests were aborted");

@@ -26,6 +26,7 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "base/alloc_watch.h"
 #include "comm/comm_path.h"
 #include "comm/comm_tree.h"
 
@@ -64,16 +65,19 @@ static void nap(long *ns) {
 
 /* For waits that may last minutes (loading) or hours (no plan): soon sleeps, knows no deadline. */
 static void complete_patiently(comm *c, MPI_Request *request, MPI_Status *state) {
+    const bool counts = alloc_watch_thread(false);
     struct comm_patience p = {0};
     long nap_ns = 0;
     int done = 0;
     while (MPI_Test(request, &done, state), !done) {
         if (comm_pause(c, &p) > COMM_PARK_NS) nap(&nap_ns);
     }
+    alloc_watch_thread(counts);
 }
 
 /* For waits inside a step. */
 static void complete(comm *c, struct exchange *e, const char *operation, uint64_t number) {
+    const bool counts = alloc_watch_thread(false);
     struct comm_patience p = {0};
     int done = 0;
     while (MPI_Testall(e->count, e->requests, &done, MPI_STATUSES_IGNORE), !done) {
@@ -84,6 +88,7 @@ static void complete(comm *c, struct exchange *e, const char *operation, uint64_
         }
     }
     comm_pause_end(c, &p);
+    alloc_watch_thread(counts);
 }
 
 /* ---- joining ---- */
@@ -317,13 +322,17 @@ static float *mpi_slot(comm *c) {
 
 static void add_send(comm *c, struct exchange *e, const void *bytes, size_t n, int peer, int tag) {
     const struct mpi_job *job = c->job_state;
+    const bool counts = alloc_watch_thread(false); /* MPI grows its lists of requests at times */
     e->peers[e->count] = peer;
     MPI_Isend(bytes, (int)n, MPI_BYTE, peer, tag, job->world, &e->requests[e->count++]);
+    alloc_watch_thread(counts);
 }
 static void add_receive(comm *c, struct exchange *e, void *bytes, size_t n, int peer, int tag) {
     const struct mpi_job *job = c->job_state;
+    const bool counts = alloc_watch_thread(false);
     e->peers[e->count] = peer;
     MPI_Irecv(bytes, (int)n, MPI_BYTE, peer, tag, job->world, &e->requests[e->count++]);
+    alloc_watch_thread(counts);
 }
 
 /* `bytes` of every rank's slot; those of others come into partials, in rank order. */
@@ -366,8 +375,10 @@ static size_t mpi_bcast(comm *c, const void *mine, size_t n, const void **bytes)
         MPI_Request request;
         MPI_Status state;
         int length;
+        const bool counts = alloc_watch_thread(false);
         MPI_Irecv(m->plan, (int)c->config.bcast_bytes_max, MPI_BYTE, 0, TAG_PLAN, job->world,
                   &request);
+        alloc_watch_thread(counts);
         complete_patiently(c, &request, &state);
         MPI_Get_count(&state, MPI_BYTE, &length);
         n = (size_t)length;

@@ -162,11 +162,8 @@ static void decide_generated(struct engine *e, const struct ask *ask) {
         report.top_count = top_logprobs(raw, r->top_logprobs, top);
     }
     count_decision(e, s, step, &d);
-    bool ends = decide_ending(s, &d, &ending);
-    if (!ends && !sequence_append(s, &d)) {
-        ending = (struct ending){.finish = FINISH_REASON_ERROR};
-        ends = true;
-    }
+    const bool ends = decide_ending(s, &d, &ending);
+    if (!ends) sequence_append(s, &d);
     engine_emit_step(e, s, &report);
     if (s->task->sharing != SHARING_NONE && s->choice == 0) {
         share_step(e, s, &report);

@@ -1,12 +1,12 @@
 /* engine.c: see engine.h. The life of requests on rank 0, and the tick.
  *
- *   submit: check ─► copy (task) ─► sequences into the queue, or held for a shared thought
+ *   submit: check ─► copy (task_new) ─► take: sequences into the queue, or held for a shared thought
  *   tick:   sched_plan ─► assembly_make ─► step_send ─► step_forward ─► sched_computed ─► decide_row each
  *   end:    pages back, last event; the task is freed once all its sequences are done and no tick runs
  *
  * A callback may cancel anything at any time, so whoever holds a sequence across an event looks at
  * its state again; memory stays until the end of the tick. Thread: engine. Memory: all fixed arrays
- * in engine_new; a task per request; what grows is named in sequence.h.
+ * in engine_new; a task per request, made before it is taken; a tick allocates nothing.
  */
 #include "engine/engine.h"
 
@@ -139,15 +139,16 @@ static enum status check_queue(const engine *e, int n) {
     return STATUS_OK;
 }
 
-enum status engine_submit(engine *e, const struct request *r) {
-    TRY(request_check(r, e->options.vocab_count));
+static enum status check_room(const engine *e, const struct request *r) {
     TRY(check_length(e, r));
     TRY(check_queue(e, r->choices));
     if (find_task(e, r->id))
         return fail_param(STATUS_REQUEST, "request_id", NULL,
                           "a request with id %llu is still running", (unsigned long long)r->id);
-    struct task *t = task_new(r);
-    if (!t) return STATUS_MEMORY;
+    return STATUS_OK;
+}
+
+static void take(engine *e, struct task *t) {
     const double submitted = now_seconds();
     t->next = e->tasks;
     if (e->tasks) e->tasks->prev = t;
@@ -164,6 +165,24 @@ enum status engine_submit(engine *e, const struct request *r) {
             sched_enqueue(&e->sched, s);
         }
     }
+}
+
+enum status engine_take(engine *e, struct task *t) {
+    const enum status status = check_room(e, &t->request);
+    if (status == STATUS_OK) {
+        take(e, t);
+    } else {
+        task_free(t);
+    }
+    return status;
+}
+
+enum status engine_submit(engine *e, const struct request *r) {
+    struct task *t;
+    TRY(request_check(r, e->options.vocab_count));
+    TRY(check_room(e, r)); /* before memory is taken for it */
+    TRY(task_new(r, e->options.vocab_count, &t));
+    take(e, t);
     return STATUS_OK;
 }
 

@@ -6,8 +6,8 @@
  * (engine_follow). A sequence's output does not depend, byte for byte, on what else is in the
  * batch, on chunk size, on preemption, or on prefix-cache hits.
  *
- * Thread: engine. Memory: engine_new takes everything of fixed size, engine_submit what one request
- * needs; in a tick only the record of what a sequence made grows (sequence.h).
+ * Thread: engine. Memory: engine_new takes everything of fixed size, task_new what one request can
+ * need; a tick allocates nothing.
  */
 #ifndef SFUMATO_ENGINE_ENGINE_H
 #define SFUMATO_ENGINE_ENGINE_H
@@ -47,10 +47,14 @@ void engine_free(engine *e);
 /* Copies and queues. STATUS_REQUEST: can never run (too long, n too large), with param;
  * STATUS_BUSY: queue full. */
 enum status engine_submit(engine *e, const struct request *r);
+/* The same with a task made elsewhere (task_new), which it owns from now on, whatever the status. */
+enum status engine_take(engine *e, struct task *t);
 /* choice < 0: all choices. Pages go back at once. Gives an ENGINE_FINISHED event with
  * FINISH_REASON_ABORT unless quiet; nothing more comes from the choice. Unknown or finished ones
  * are ignored. */
 void engine_cancel(engine *e, uint64_t request_id, int choice, bool quiet);
+/* The heaviest step there can be, before the first request: what it takes is there then. */
+void engine_warm_up(engine *e);
 /* Runs one step. False when there is nothing to do (nothing was sent to the other ranks). */
 bool engine_tick(engine *e);
 /* Evicts the youngest running sequence as if pages had run out; nothing it says may change by it.

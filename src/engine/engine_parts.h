@@ -3,6 +3,7 @@
  *   engine.c   life: new, submit, cancel, tick, counters
  *   decide.c   one row's answer: merge ─► think_step ─► books ─► events
  *   share.c    one thinking, n answers: whose events the others repeat, when they part
+ *   warm.c     the heaviest step, once before a service is ready
  *
  * All of it runs on the engine thread of rank 0, inside engine_submit, engine_cancel or
  * engine_tick. Events go out in the middle of this code and may come back as cancels: a sequence

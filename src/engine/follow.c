@@ -3,6 +3,7 @@
  * A plan that breaks a rule ends the job: this rank could only guess, and the others would wait for
  * it. Thread: engine. Memory: taken before the first plan.
  */
+#include "base/alloc_watch.h"
 #include "base/check.h"
 #include "engine/engine.h"
 #include "engine/step.h"
@@ -10,6 +11,7 @@
 void engine_follow(model *m, comm *c, const struct engine_options *options) {
     struct step_rank r;
     if (step_init(&r, m, c, options) != STATUS_OK) comm_abort(c, STATUS_MEMORY, fail_text());
+    alloc_watch_begin();
     for (;;) {
         const void *bytes;
         const size_t n = comm_bcast(c, NULL, 0, &bytes);

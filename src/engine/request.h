@@ -2,8 +2,9 @@
  *
  * A request is one prompt and n choices; a choice is a sequence with its own thinking, answer and
  * random stream. Everything is resolved before it comes here: ids not text, numbers not defaults.
- * The engine copies a request; the caller may free it after engine_submit. Thread: engine (the
- * service passes these through a mailbox).
+ * A task is a copy of it with all the memory it can come to need, made on any thread, so that the
+ * engine allocates nothing when it takes one (engine_take). Thread: engine (the service passes
+ * requests and tasks through a mailbox).
  */
 #ifndef SFUMATO_ENGINE_REQUEST_H
 #define SFUMATO_ENGINE_REQUEST_H
@@ -58,6 +59,12 @@ struct request {
      * then ENGINE_FINISHED with FINISH_REASON_LENGTH. */
     bool score;
 };
+
+/* STATUS_REQUEST with param: the request cannot be right. STATUS_MEMORY. The request may go after
+ * it. */
+struct task;
+enum status task_new(const struct request *r, int vocab_count, struct task **out);
+void task_free(struct task *t); /* one that no engine has taken; NULL is nothing */
 
 enum finish {
     FINISH_REASON_NONE,

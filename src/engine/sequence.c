@@ -11,42 +11,49 @@
 #include <string.h>
 
 #include "kv/prefix.h"
+#include "load/config.h"
 
-/* The array, at least `wanted` (>= 1) items long; NULL: no memory, and the old array stays as it
- * was. */
-static void *grown(void *memory, int64_t *capacity, int64_t wanted, size_t item_bytes) {
-    if (wanted <= *capacity) return memory;
-    int64_t next = *capacity ? *capacity * 2 : 64;
-    if (next < wanted) next = wanted;
-    void *moved = realloc(memory, (size_t)next * item_bytes);
-    if (moved) *capacity = next;
-    return moved;
+static bool has_penalties(const struct request *r) {
+    return r->presence_penalty != 0 || r->frequency_penalty != 0 || r->repetition_penalty != 1;
 }
 
-/* ids and weights grow together; `begin` has one entry more than positions. */
-static bool history_reserve(struct history *h, int64_t positions, int64_t entries) {
-    int32_t *begin = grown(h->begin, &h->capacity, positions + 1, sizeof *begin);
-    if (!begin) return false;
-    h->begin = begin;
-    int64_t ids_capacity = h->entry_capacity;
-    uint32_t *ids = grown(h->ids, &ids_capacity, entries, sizeof *ids);
-    if (!ids) return false;
-    h->ids = ids;
-    float *weights = grown(h->weights, &h->entry_capacity, entries, sizeof *weights);
-    if (!weights) return false;
-    h->weights = weights;
+/* ---- the record of what a sequence made ---- */
+
+/* Takes what the sequence can come to need at most. Not zeroed: pages of it that are never written
+ * cost address space only. */
+static bool history_init(struct history *h, const struct request *r) {
+    const struct think_params *p = &r->think;
+    int64_t thinking = r->max_tokens;
+    if (p->budget > 0 && p->budget < thinking) thinking = p->budget;
+    const int64_t wide = p->mode == THINK_OFF ? 0 : p->max_topk - 1;
+    h->capacity = r->max_tokens;
+    h->entry_capacity = r->max_tokens + thinking * wide;
+    h->begin = malloc(((size_t)h->capacity + 1) * sizeof *h->begin);
+    h->ids = malloc((size_t)h->entry_capacity * sizeof *h->ids + 1);
+    h->weights = malloc((size_t)h->entry_capacity * sizeof *h->weights + 1);
+    if (!h->begin || !h->ids || !h->weights) return false;
+    h->begin[0] = 0;
     return true;
 }
 
-static bool history_append(struct history *h, const uint32_t *ids, const float *weights,
+static void history_append(struct history *h, const uint32_t *ids, const float *weights,
                            int count) {
-    if (!history_reserve(h, h->count + 1, h->entry_count + count)) return false;
-    if (h->count == 0) h->begin[0] = 0;
+    ASSERT_LT(h->count, h->capacity);
+    ASSERT_LE(h->entry_count + count, h->entry_capacity);
     memcpy(h->ids + h->entry_count, ids, (size_t)count * sizeof *ids);
     memcpy(h->weights + h->entry_count, weights, (size_t)count * sizeof *weights);
     h->entry_count += count;
     h->begin[++h->count] = (int32_t)h->entry_count;
-    return true;
+}
+
+static void history_copy(struct history *to, const struct history *from) {
+    ASSERT_LE(from->count, to->capacity);
+    ASSERT_LE(from->entry_count, to->entry_capacity);
+    to->count = from->count;
+    to->entry_count = from->entry_count;
+    memcpy(to->begin, from->begin, ((size_t)from->count + 1) * sizeof *from->begin);
+    memcpy(to->ids, from->ids, (size_t)from->entry_count * sizeof *from->ids);
+    memcpy(to->weights, from->weights, (size_t)from->entry_count * sizeof *from->weights);
 }
 
 static void history_free(struct history *h) {
@@ -56,7 +63,9 @@ static void history_free(struct history *h) {
     *h = (struct history){0};
 }
 
-/* The entry of an id, made when missing; NULL: no memory. */
+/* ---- logit edits ---- */
+
+/* The entry of an id, made when missing. */
 static struct edit_entry *edit_at(struct edit_book *b, uint32_t id) {
     int64_t low = 0, high = b->count;
     while (low < high) {
@@ -68,17 +77,11 @@ static struct edit_entry *edit_at(struct edit_book *b, uint32_t id) {
         }
     }
     if (low < b->count && b->entries[low].id == id) return &b->entries[low];
-    struct edit_entry *entries = grown(b->entries, &b->capacity, b->count + 1, sizeof *entries);
-    if (!entries) return NULL;
-    b->entries = entries;
+    ASSERT_LT(b->count, b->capacity);
     memmove(b->entries + low + 1, b->entries + low, (size_t)(b->count - low) * sizeof *b->entries);
     b->count++;
     b->entries[low] = (struct edit_entry){.id = id};
     return &b->entries[low];
-}
-
-static bool has_penalties(const struct request *r) {
-    return r->presence_penalty != 0 || r->frequency_penalty != 0 || r->repetition_penalty != 1;
 }
 
 static uint32_t prompt_first_id(const struct request_inputs *p, int64_t position) {
@@ -97,40 +100,35 @@ static bool edits_from_prompt(struct sequence *s) {
     if (!ids) return false;
     for (int64_t i = 0; i < p->count; i++) ids[i] = prompt_first_id(p, i);
     qsort(ids, (size_t)p->count, sizeof *ids, order_ids);
-    bool fine = true;
-    for (int64_t i = 0; i < p->count && fine; i++) {
-        if (i > 0 && ids[i] == ids[i - 1]) continue;
-        struct edit_entry *e = edit_at(&s->edits, ids[i]);
-        fine = e != NULL;
-        if (fine) e->in_prompt = 1;
+    for (int64_t i = 0; i < p->count; i++) {
+        if (i == 0 || ids[i] != ids[i - 1]) edit_at(&s->edits, ids[i])->in_prompt = 1;
     }
     free(ids);
-    return fine;
+    return true;
 }
 
+/* Takes what the list can come to hold at most, then fills in what is known from the start. */
 static bool edits_init(struct sequence *s) {
     const struct request *r = &s->task->request;
+    struct edit_book *b = &s->edits;
     if (r->score) return true;
+    b->capacity = r->bias_count + s->think.eos_count + r->stop_id_count;
+    if (r->repetition_penalty != 1) b->capacity += r->prompt.count;
+    if (has_penalties(r)) b->capacity += r->max_tokens;
+    if (b->capacity == 0) return true;
+    b->entries = malloc((size_t)b->capacity * sizeof *b->entries);
+    if (!b->entries) return false;
     if (r->repetition_penalty != 1 && !edits_from_prompt(s)) return false;
-    for (int i = 0; i < r->bias_count; i++) {
-        struct edit_entry *e = edit_at(&s->edits, r->bias[i].id);
-        if (!e) return false;
-        e->bias = r->bias[i].add;
-    }
+    for (int i = 0; i < r->bias_count; i++) edit_at(b, r->bias[i].id)->bias = r->bias[i].add;
     const bool masks_eos =
         (r->min_tokens > 0 || s->think.on_eos == ON_EOS_MASK) && !s->think.ignore_eos;
     for (int i = 0; masks_eos && i < s->think.eos_count; i++) {
         /* a close marker that is also listed as an end must stay possible: thinking ends by it */
         if (s->think.eos_ids[i] < 0 || s->think.eos_ids[i] == s->think.close_id) continue;
-        struct edit_entry *e = edit_at(&s->edits, (uint32_t)s->think.eos_ids[i]);
-        if (!e) return false;
-        e->is_eos = 1;
+        edit_at(b, (uint32_t)s->think.eos_ids[i])->is_eos = 1;
     }
-    for (int i = 0; r->min_tokens > 0 && i < r->stop_id_count; i++) {
-        struct edit_entry *e = edit_at(&s->edits, r->stop_ids[i]);
-        if (!e) return false;
-        e->is_stop = 1;
-    }
+    for (int i = 0; r->min_tokens > 0 && i < r->stop_id_count; i++)
+        edit_at(b, r->stop_ids[i])->is_stop = 1;
     return true;
 }
 
@@ -201,8 +199,14 @@ static const uint32_t *first_ids(struct task *t) {
     return ids;
 }
 
-struct task *task_new(const struct request *r) {
-    struct task *t = calloc(1, sizeof *t);
+enum status task_new(const struct request *r, int vocab_count, struct task **out) {
+    *out = NULL;
+    TRY(request_check(r, vocab_count));
+    struct task *t = NULL;
+    /* more positions than any context has would overflow the sums below */
+    if (r->max_tokens > CONFIG_POSITION_MAX || r->prompt.count > CONFIG_POSITION_MAX)
+        goto no_memory;
+    t = calloc(1, sizeof *t);
     if (!t) goto no_memory;
     arena_init(&t->memory, 0);
     if (!copy_request(t, r)) goto no_memory;
@@ -221,7 +225,8 @@ struct task *task_new(const struct request *r) {
         think_state_init(&s->thought, &s->think, ids, r->prompt.count);
         s->pages = arena_alloc_array(&t->memory, (size_t)pages_max, sizeof *s->pages);
         s->digests = arena_alloc_array(&t->memory, (size_t)pages_max, sizeof *s->digests);
-        if (!s->pages || !s->digests || !edits_init(s)) goto no_memory;
+        if (!s->pages || !s->digests || !history_init(&s->made, r) || !edits_init(s))
+            goto no_memory;
     }
     t->live_count = n;
     t->common = r->prompt.count;
@@ -232,15 +237,16 @@ struct task *task_new(const struct request *r) {
             thinks ? NULL : arena_alloc_array(&t->memory, SHARING_OPEN_STEPS, sizeof *t->kept);
         if (!thinks && !t->kept) goto no_memory;
     }
-    return t;
+    *out = t;
+    return STATUS_OK;
 no_memory:
-    if (t) task_free(t);
-    fail(STATUS_MEMORY, "no memory for a request of %lld prompt tokens",
-         (long long)r->prompt.count);
-    return NULL;
+    task_free(t);
+    return fail(STATUS_MEMORY, "no memory for a request of %lld prompt tokens and max_tokens %lld",
+                (long long)r->prompt.count, (long long)r->max_tokens);
 }
 
 void task_free(struct task *t) {
+    if (!t) return;
     for (int i = 0; i < t->sequence_count; i++) {
         history_free(&t->sequences[i].made);
         free(t->sequences[i].edits.entries);
@@ -278,12 +284,9 @@ int64_t sequence_wanted(const struct sequence *s) {
     return s->task->request.score ? s->scored : sequence_total(s) - 1;
 }
 
-bool sequence_append(struct sequence *s, const struct think_decision *d) {
-    if (!history_append(&s->made, d->ids, d->weights, d->count)) return false;
-    if (!has_penalties(&s->task->request)) return true;
-    struct edit_entry *e = edit_at(&s->edits, d->trace_id);
-    if (e) e->generated++;
-    return e != NULL;
+void sequence_append(struct sequence *s, const struct think_decision *d) {
+    history_append(&s->made, d->ids, d->weights, d->count);
+    if (has_penalties(&s->task->request)) edit_at(&s->edits, d->trace_id)->generated++;
 }
 
 void sequence_share_books(struct sequence *to, const struct sequence *from) {
@@ -293,28 +296,16 @@ void sequence_share_books(struct sequence *to, const struct sequence *from) {
     to->shared_soft = from->thought.soft_steps;
 }
 
-bool sequence_fork(struct sequence *to, const struct sequence *from) {
-    const struct history *h = &from->made;
-    if (!history_reserve(&to->made, h->count, h->entry_count)) return false;
-    to->made.count = h->count;
-    to->made.entry_count = h->entry_count;
-    memcpy(to->made.begin, h->begin, ((size_t)h->count + 1) * sizeof *h->begin);
-    memcpy(to->made.ids, h->ids, (size_t)h->entry_count * sizeof *h->ids);
-    memcpy(to->made.weights, h->weights, (size_t)h->entry_count * sizeof *h->weights);
-    if (from->edits.count) {
-        const size_t bytes = (size_t)from->edits.count * sizeof *to->edits.entries;
-        struct edit_book *book = &to->edits;
-        struct edit_entry *entries =
-            grown(book->entries, &book->capacity, from->edits.count, sizeof *entries);
-        if (!entries) return false;
-        book->entries = entries;
-        book->count = from->edits.count;
-        memcpy(entries, from->edits.entries, bytes);
-    }
+void sequence_fork(struct sequence *to, const struct sequence *from) {
+    history_copy(&to->made, &from->made);
+    ASSERT_LE(from->edits.count, to->edits.capacity);
+    to->edits.count = from->edits.count;
+    if (from->edits.count)
+        memcpy(to->edits.entries, from->edits.entries,
+               (size_t)from->edits.count * sizeof *to->edits.entries);
     to->digest_count = from->digest_count;
     memcpy(to->digests, from->digests, (size_t)from->digest_count * sizeof *to->digests);
     sequence_share_books(to, from);
-    return true;
 }
 
 struct kv_digest sequence_digest(struct sequence *s, int32_t page, struct kv_digest start) {

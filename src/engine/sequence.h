@@ -9,10 +9,11 @@
  * sequence made: exactly the (ids, weights) that were fed, which is all a preempted sequence needs
  * to continue bit for bit. `computed` says how many of them have keys and values in `pages`.
  *
- * Refuses to know: queues, batches, ranks. Thread: engine. Memory: the task's arena, except `made`
- * and the edit book, which grow by doubling while a sequence runs (8 bytes an entry of a concept
- * token): the one allocation in a tick, because a request's worst case (max_tokens times 64
- * entries) is far above its usual one. If it fails the sequence ends with FINISH_REASON_ERROR.
+ * Refuses to know: queues, batches, ranks. Thread: whoever makes the task (task_new), then the
+ * engine. Memory: all in task_new, for the worst a request allows: of `made` that is max_tokens
+ * times max_topk entries of 8 bytes, far above what most requests write, but what is not written
+ * costs address space only. So a step allocates nothing, and memory that is short refuses a request
+ * instead of ending one half-way.
  */
 #ifndef SFUMATO_ENGINE_SEQUENCE_H
 #define SFUMATO_ENGINE_SEQUENCE_H
@@ -110,11 +111,6 @@ struct task {
     struct task *prev, *next;
 };
 
-/* Copies a checked request with its sequences. digest_seed names this process's prefix cache. NULL
- * with fail() when there is no memory. */
-struct task *task_new(const struct request *r);
-void task_free(struct task *t);
-
 /* Positions whose inputs are known. */
 int64_t sequence_total(const struct sequence *s);
 /* Inputs of one position. *weights is NULL for a plain id of weight 1. Returns the entry count. */
@@ -122,12 +118,12 @@ int sequence_input(const struct sequence *s, int64_t position, const uint32_t **
                    const float **weights);
 /* First position whose logits are still wanted; total when none is. */
 int64_t sequence_wanted(const struct sequence *s);
-/* Records one generated step's concept token. False: no memory. */
-bool sequence_append(struct sequence *s, const struct think_decision *d);
+/* Records one generated step's concept token. */
+void sequence_append(struct sequence *s, const struct think_decision *d);
 /* `to` reports from's steps as its own, but they count in from's usage. */
 void sequence_share_books(struct sequence *to, const struct sequence *from);
-/* `to` continues where `from` is (shared thinking). False: no memory. */
-bool sequence_fork(struct sequence *to, const struct sequence *from);
+/* `to` continues where `from` is (shared thinking). */
+void sequence_fork(struct sequence *to, const struct sequence *from);
 /* Digest of the inputs of pages 0 .. page, all full. */
 struct kv_digest sequence_digest(struct sequence *s, int32_t page, struct kv_digest start);
 

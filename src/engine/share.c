@@ -59,10 +59,7 @@ static void part(struct engine *e, struct task *t, const struct sequence *from) 
     for (int i = 1; i < t->sequence_count; i++) {
         struct sequence *other = &t->sequences[i];
         if (other->state != SEQUENCE_HELD) continue;
-        if (from && !sequence_fork(other, from)) {
-            engine_end(e, other, &(struct ending){.finish = FINISH_REASON_ERROR}, false);
-            continue;
-        }
+        if (from) sequence_fork(other, from);
         e->held_count--;
         sched_enqueue(&e->sched, other);
     }

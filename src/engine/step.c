@@ -105,6 +105,11 @@ void step_send(struct step_rank *r, enum plan_kind kind, uint64_t step, const st
 
 const void *step_forward(struct step_rank *r, const struct batch *batch) {
     if (fault_hit("step-kill")) raise(SIGKILL);
+    ASSERT(!fault_hit("step-bug"));
+    if (fault_hit("step-alloc")) {
+        void *volatile taken = malloc(1); /* volatile: or the compiler leaves both calls out */
+        free(taken);
+    }
     const int delay_ms = fault_delay_ms();
     if (delay_ms > 0) usleep((useconds_t)delay_ms * 1000);
     model_step(r->model, batch, r->records);

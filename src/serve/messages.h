@@ -5,10 +5,10 @@
  *
  * Each direction is a mailbox (base/mailbox.h): one writer, one reader, whole messages, no locks. A
  * message is a fixed head, and for steps as many ids and floats as the step really has. A submit
- * carries a pointer to a struct request that stays with the net thread until the engine has ended
- * all of its sequences: each choice of a submitted request is answered by exactly one FINISHED, or
- * the whole request by one REFUSED. Numbers for /metrics do not travel: the worker leaves them in
- * atomics (metrics.h).
+ * carries a task, which the worker owns from then on, and a pointer to its request, which stays with
+ * the net thread until the engine has ended all of its sequences: each choice of a submitted request
+ * is answered by exactly one FINISHED, or the whole request by one REFUSED. Numbers for /metrics do
+ * not travel: the worker leaves them in atomics (metrics.h).
  */
 #ifndef SFUMATO_SERVE_MESSAGES_H
 #define SFUMATO_SERVE_MESSAGES_H
@@ -30,6 +30,7 @@ struct down_message {
     int choice;                    /* CANCEL: -1 = all */
     uint64_t id;                   /* CANCEL */
     const struct request *request; /* SUBMIT */
+    struct task *task;             /* SUBMIT: the request made ready for the engine */
 };
 
 /* ---- up ---- */
