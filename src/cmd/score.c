@@ -144,7 +144,7 @@ static enum status read_text(const struct body_facts *facts, struct body *b,
     enum status status;
     TRY(field_text(b->root, "", "text", &text));
     if (!text) {
-        TRY(body_render_messages(facts, b, &prompt, &n));
+        TRY(body_render_messages(facts, b->root, &prompt, &n));
     } else {
         n = strlen(text);
     }

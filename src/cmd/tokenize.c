@@ -72,7 +72,7 @@ static enum status chat_line(const struct body_facts *f, struct body *b, struct 
     bool add_special = false;
     enum status status;
     TRY(field_bool(b->root, "", "add_special", &add_special));
-    TRY(body_render_messages(f, b, &text, &n));
+    TRY(body_render_messages(f, b->root, &text, &n));
     TRY_GOTO(tokenizer_encode(f->tokenizer, text, n, add_special, &ids, &count), out);
     json_key(w, "text");
     json_write_string(w, text, n);

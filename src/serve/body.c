@@ -205,20 +205,7 @@ static enum status read_one_prompt(const struct body_facts *facts, struct body *
 }
 
 static enum status read_prompts(const struct body_facts *facts, struct body *b) {
-    const json_t *messages = field_get(b->root, "messages"), *prompt = field_get(b->root, "prompt");
-    b->chat = messages != NULL;
-    if (!messages == !prompt) {
-        return fail_param(STATUS_REQUEST, messages ? "prompt" : "messages", NULL,
-                          "a request needs either messages or prompt");
-    }
-    if (messages) {
-        char *text = NULL;
-        size_t n = 0;
-        TRY(body_render_messages(facts, b, &text, &n));
-        const enum status status = encode(facts, b, text, n, false);
-        free(text);
-        return status;
-    }
+    const json_t *prompt = field_get(b->root, "prompt");
     const json_t *first = json_array_get(prompt, 0);
     if (!json_is_string(first) && !json_is_array(first)) return read_one_prompt(facts, b, prompt);
     const size_t count = json_array_size(prompt);
@@ -443,19 +430,32 @@ enum status body_check_model(const struct body_facts *facts, const char *name) {
 }
 
 static enum status read_fields(const struct body_facts *facts, struct body *b) {
-    int64_t n = 1, min_tokens = 0;
+    const json_t *messages = field_get(b->root, "messages"), *prompt = field_get(b->root, "prompt");
+    int64_t n = 1;
     const char *name = NULL;
     TRY(field_text(b->root, "", "model", &name));
     TRY(body_check_model(facts, name));
     TRY(refuse_unsupported(facts, b->root));
     TRY(field_int(b->root, "", "n", 1, REQUEST_CHOICES_MAX, &n));
     b->request.choices = (int)n;
+    b->chat = messages != NULL;
     TRY(read_sampling(facts, b));
     TRY(read_bias(facts, b));
     TRY(read_stops(facts, b));
     TRY(read_logprobs(b));
-    TRY(read_prompts(facts, b));
     TRY(read_reply_form(b));
+    if (!messages == !prompt) {
+        return fail_param(STATUS_REQUEST, messages ? "prompt" : "messages", NULL,
+                          "a request needs either messages or prompt");
+    }
+    return body_think_block(facts, b);
+}
+
+/* What is known only now that there are prompts. */
+enum status body_end(const struct body_facts *facts, const char *rendered, size_t n,
+                     struct body *b) {
+    int64_t min_tokens = 0;
+    TRY(b->chat ? encode(facts, b, rendered, n, false) : read_prompts(facts, b));
     TRY(fit_prompts(facts, b));
     TRY(field_int(b->root, "", "min_tokens", 0, CONFIG_POSITION_MAX, &min_tokens));
     for (int i = 0; i < b->prompt_count; i++) {
@@ -466,7 +466,7 @@ static enum status read_fields(const struct body_facts *facts, struct body *b) {
         }
     }
     b->request.min_tokens = min_tokens;
-    return body_think_block(facts, b);
+    return STATUS_OK;
 }
 
 static void body_init(struct body *b) {
@@ -484,17 +484,37 @@ static enum status read_root(const struct body_facts *facts, struct body *b) {
     return read_fields(facts, b);
 }
 
-enum status body_parse(const struct body_facts *facts, const char *text, size_t n,
+enum status body_begin(const struct body_facts *facts, const char *text, size_t n,
                        struct body *out) {
     body_init(out);
     TRY(json_load_text(text, n, STATUS_REQUEST, &out->root));
     return read_root(facts, out);
 }
 
-enum status body_parse_tree(const struct body_facts *facts, json_t *root, struct body *out) {
+enum status body_begin_tree(const struct body_facts *facts, json_t *root, struct body *out) {
     body_init(out);
     out->root = root;
     return read_root(facts, out);
+}
+
+static enum status render_and_end(const struct body_facts *facts, struct body *b) {
+    char *text = NULL;
+    size_t n = 0;
+    if (b->chat) TRY(body_render_messages(facts, b->root, &text, &n));
+    const enum status status = body_end(facts, text, n, b);
+    free(text);
+    return status;
+}
+
+enum status body_parse(const struct body_facts *facts, const char *text, size_t n,
+                       struct body *out) {
+    TRY(body_begin(facts, text, n, out));
+    return render_and_end(facts, out);
+}
+
+enum status body_parse_tree(const struct body_facts *facts, json_t *root, struct body *out) {
+    TRY(body_begin_tree(facts, root, out));
+    return render_and_end(facts, out);
 }
 
 void body_fini(struct body *b) {

@@ -79,12 +79,35 @@ enum status body_parse(const struct body_facts *facts, const char *text, size_t 
                        struct body *out);
 /* The same from a tree, whose reference is taken over. */
 enum status body_parse_tree(const struct body_facts *facts, json_t *root, struct body *out);
+/* body_parse in two halves, for who renders templates elsewhere in between: everything that needs no
+ * prompt; then the prompts. rendered: the text of a chat body's messages; NULL for other bodies. */
+enum status body_begin(const struct body_facts *facts, const char *text, size_t n,
+                       struct body *out);
+enum status body_begin_tree(const struct body_facts *facts, json_t *root, struct body *out);
+enum status body_end(const struct body_facts *facts, const char *rendered, size_t n,
+                     struct body *b);
 void body_fini(struct body *b);
 /* The engine's request for one prompt of the body. Borrows from the body. */
 struct request body_request(const struct body *b, int prompt, uint64_t id);
 
 /* Flag defaults that no request overrides are checked once: STATUS_USAGE names the flag. */
 enum status body_facts_check(const struct body_facts *facts);
+
+/* What a template is given, in texts of its own: another thread may render it. */
+struct body_template {
+    chat *chat;
+    char *messages, *variables;
+    bool open, resume; /* add_generation_prompt, continue_final_message */
+};
+/* Of {"messages": ...}. The caller ends it with body_template_fini whatever comes back. */
+enum status body_read_template(const struct body_facts *facts, const json_t *root,
+                               struct body_template *out);
+/* prompt: malloc'ed. May take CHAT_RENDER_SECONDS. */
+enum status body_render(const struct body_template *t, char **prompt, size_t *n);
+void body_template_fini(struct body_template *t);
+/* All of it at once. */
+enum status body_render_messages(const struct body_facts *facts, const json_t *root, char **prompt,
+                                 size_t *n);
 
 /* The names one by one: *at begins as facts->model_names. NULL: no more; else *n bytes of it. */
 const char *body_next_name(const char **at, size_t *n);
@@ -93,8 +116,6 @@ enum status body_check_model(const struct body_facts *facts, const char *name);
 
 /* Internal to serve/: the parts of body_parse. */
 enum status body_think_block(const struct body_facts *facts, struct body *b);
-enum status body_render_messages(const struct body_facts *facts, struct body *b, char **prompt,
-                                 size_t *n);
 /* messages -> the JSON array given to templates: contents flattened, reasoning under one name. */
 enum status body_flatten_messages(const json_t *messages, json_t **out);
 

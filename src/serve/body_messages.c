@@ -163,39 +163,56 @@ static enum status template_variables(const json_t *root, json_t **out) {
     return STATUS_OK;
 }
 
-enum status body_render_messages(const struct body_facts *facts, struct body *b, char **prompt,
-                                 size_t *n) {
+enum status body_read_template(const struct body_facts *facts, const json_t *root,
+                               struct body_template *out) {
     enum status status = STATUS_OK;
     json_t *flat = NULL, *variables = NULL;
-    char *flat_text = NULL, *variables_text = NULL;
-    bool open = true, resume = false;
+    *out = (struct body_template){.chat = facts->chat};
     if (!facts->chat) {
         return fail_param(STATUS_REQUEST, "messages", NULL, "messages cannot be read here: %s",
                           facts->chat_fault ? facts->chat_fault
                                             : "the model has no chat template: send prompt, or "
                                               "start with --chat-template");
     }
-    TRY(field_bool(b->root, "", "continue_final_message", &resume));
-    open = !resume;
-    TRY(field_bool(b->root, "", "add_generation_prompt", &open));
-    if (open && resume) {
+    TRY(field_bool(root, "", "continue_final_message", &out->resume));
+    out->open = !out->resume;
+    TRY(field_bool(root, "", "add_generation_prompt", &out->open));
+    if (out->open && out->resume) {
         return fail_param(STATUS_REQUEST, "continue_final_message", NULL,
                           "add_generation_prompt and continue_final_message cannot both be true");
     }
-    TRY_GOTO(body_flatten_messages(field_get(b->root, "messages"), &flat), out);
-    TRY_GOTO(template_variables(b->root, &variables), out);
-    flat_text = json_dumps(flat, JSON_COMPACT);
-    variables_text = json_dumps(variables, JSON_COMPACT);
-    if (!flat_text || !variables_text) TRY_GOTO(fail(STATUS_MEMORY, "no memory for messages"), out);
-    TRY_GOTO(chat_render(facts->chat, flat_text, open, resume, variables_text, prompt, n), out);
+    TRY_GOTO(body_flatten_messages(field_get(root, "messages"), &flat), out);
+    TRY_GOTO(template_variables(root, &variables), out);
+    out->messages = json_dumps(flat, JSON_COMPACT);
+    out->variables = json_dumps(variables, JSON_COMPACT);
+    if (!out->messages || !out->variables) status = fail(STATUS_MEMORY, "no memory for messages");
 out:
-    free(flat_text);
-    free(variables_text);
     json_decref(flat);
     json_decref(variables);
+    return status;
+}
+
+enum status body_render(const struct body_template *t, char **prompt, size_t *n) {
+    const enum status status =
+        chat_render(t->chat, t->messages, t->open, t->resume, t->variables, prompt, n);
     if (status == STATUS_REQUEST && !fail_last()->param[0]) {
         const struct fault fault = *fail_last();
         fail_param(status, "messages", fault.code, "%s", fault.text);
     }
+    return status;
+}
+
+void body_template_fini(struct body_template *t) {
+    free(t->messages);
+    free(t->variables);
+    *t = (struct body_template){0};
+}
+
+enum status body_render_messages(const struct body_facts *facts, const json_t *root, char **prompt,
+                                 size_t *n) {
+    struct body_template t;
+    enum status status = body_read_template(facts, root, &t);
+    if (status == STATUS_OK) status = body_render(&t, prompt, n);
+    body_template_fini(&t);
     return status;
 }

@@ -1,7 +1,7 @@
 /* call.c: a request from its text to its last event: admission, tickets, deadline, cancel.
  *
  *   service_call ─► LIVE ──────── all choices complete, refused, deadline, client gone ──► OVER ─► freed
- *                    tickets: held by the engine, each released when its last sequence ended ┘
+ *     a chat: template ─► tickets: held by the engine, each released when its last sequence ended ┘
  *
  * A call is over as soon as its client knows the end; its memory goes when the engine holds nothing
  * of it any more, because the engine's requests point into the body until then.
@@ -114,6 +114,8 @@ static void leave(call *c) {
     s->waiting_tokens -= c->tokens;
     c->tokens = 0;
     if (c->timer) event_del(c->timer);
+    if (c->render) render_cancel(c->render);
+    c->render = NULL;
     for (int i = 0; i < c->ticket_count; i++) {
         if (c->tickets[i] >= 0) call_send_cancel(s, &s->tickets[c->tickets[i]], -1);
     }
@@ -207,6 +209,9 @@ static enum status check_timeout(const service *s, const struct body *b) {
                       b->timeout_seconds, most > 0 ? most : 1e9);
 }
 
+/* A chat has one, also before it has been rendered. */
+static int prompts_of(const struct body *b) { return b->chat ? 1 : b->prompt_count; }
+
 /* What the call takes of the engine: sequences, tickets, prompt tokens. */
 struct load {
     int sequences, tickets;
@@ -215,31 +220,36 @@ struct load {
 };
 static struct load load_of(const struct body *b) {
     struct load l = {.scores = b->echo && b->request.logprobs, .generates = true};
-    if (b->prompts[0].max_tokens == 0) l.generates = false; /* only with echo, the same for all */
+    const int prompts = prompts_of(b);
+    if (b->echo && b->prompts[0].max_tokens == 0) l.generates = false; /* the same for all */
     for (int i = 0; i < b->prompt_count; i++) {
         l.tokens += b->prompts[i].count * (l.scores + l.generates);
     }
-    l.tickets = b->prompt_count * (l.scores + l.generates);
-    l.sequences =
-        b->prompt_count * (l.generates ? b->request.choices : 0) + (l.scores ? b->prompt_count : 0);
+    l.tickets = prompts * (l.scores + l.generates);
+    l.sequences = prompts * (l.generates ? b->request.choices : 0) + (l.scores ? prompts : 0);
     return l;
 }
 
+enum { REJECTED_QUEUE, REJECTED_TOKENS, REJECTED_LOADING = 3, REJECTED_DRAINING };
+
 static enum status check_room(service *s, const struct body *b, const struct load *l) {
-    enum { QUEUE, TOKENS };
     if (l->sequences > s->sequences_max) {
         return fail_param(STATUS_REQUEST, b->prompt_count > 1 ? "prompt" : "n", NULL,
                           "the request has %d sequences, this server holds at most %d",
                           l->sequences, s->sequences_max);
     }
     if (s->sequence_count + l->sequences > s->sequences_max) {
-        metric_add(s->metrics, METRIC_rejections, QUEUE, 1);
+        metric_add(s->metrics, METRIC_rejections, REJECTED_QUEUE, 1);
         return fail(STATUS_BUSY, "the server holds %d sequences, at most %d: try again later",
                     s->sequence_count, s->sequences_max);
     }
+    return STATUS_OK;
+}
+
+static enum status check_tokens(service *s, const struct load *l) {
     const int64_t most = s->params->max_num_queued_tokens;
     if (most > 0 && s->waiting_tokens > 0 && s->waiting_tokens + l->tokens > most) {
-        metric_add(s->metrics, METRIC_rejections, TOKENS, 1);
+        metric_add(s->metrics, METRIC_rejections, REJECTED_TOKENS, 1);
         return fail(STATUS_BUSY, "%lld prompt tokens are waiting, at most %lld: try again later",
                     (long long)s->waiting_tokens, (long long)most);
     }
@@ -248,9 +258,9 @@ static enum status check_room(service *s, const struct body *b, const struct loa
 
 static enum status read_body(service *s, const struct call_options *o, struct body *b) {
     if (o->text) {
-        TRY(body_parse(s->facts, o->text, o->n, b));
+        TRY(body_begin(s->facts, o->text, o->n, b));
     } else {
-        TRY(body_parse_tree(s->facts, o->root, b));
+        TRY(body_begin_tree(s->facts, o->root, b));
     }
     TRY(check_kind(b, o->kind));
     TRY(check_timeout(s, b));
@@ -259,7 +269,7 @@ static enum status read_body(service *s, const struct call_options *o, struct bo
 }
 
 static enum status open_replies(call *c) {
-    c->choice_count = c->open_count = c->body.prompt_count * c->body.request.choices;
+    c->choice_count = c->open_count = prompts_of(&c->body) * c->body.request.choices;
     c->choices = calloc((size_t)c->choice_count, sizeof *c->choices);
     if (!c->choices) return fail(STATUS_MEMORY, "no memory for replies");
     for (int i = 0; i < c->choice_count; i++) {
@@ -269,8 +279,8 @@ static enum status open_replies(call *c) {
     return STATUS_OK;
 }
 
-/* From here on nothing fails. */
-static void admit(call *c, const struct load *l, double timeout) {
+/* Counts the call and its sequences, before its prompt is known. */
+static void enlist(call *c, const struct load *l) {
     service *s = c->service;
     c->next = s->calls;
     if (s->calls) s->calls->prev = c;
@@ -278,9 +288,14 @@ static void admit(call *c, const struct load *l, double timeout) {
     s->call_count++;
     c->sequences = l->sequences;
     s->sequence_count += c->sequences;
+    for (int i = 0; i < c->choice_count; i++) choice_enter(c, &c->choices[i], CHOICE_PREFILL);
+}
+
+/* Gives the prompts to the engine. Nothing fails here. */
+static void submit_all(call *c, const struct load *l) {
+    service *s = c->service;
     c->tokens = l->tokens;
     s->waiting_tokens += c->tokens;
-    for (int i = 0; i < c->choice_count; i++) choice_enter(c, &c->choices[i], CHOICE_PREFILL);
     for (int p = 0; p < c->body.prompt_count; p++) {
         const int place = p * (l->scores + l->generates);
         if (l->scores) take_ticket(c, place, p, true);
@@ -293,11 +308,39 @@ static void admit(call *c, const struct load *l, double timeout) {
     metric_observe(s->metrics, METRIC_params_n, 0, c->body.request.choices);
     for (int i = 0; i < c->ticket_count; i++) submit(s, &s->tickets[c->tickets[i]]);
     mailbox_flush(s->wires->down);
-    if (c->ticket_count == 0) {
-        start_timer(c, 0);
-    } else if (timeout > 0) {
-        start_timer(c, timeout);
+}
+
+/* From this thread's last failure. */
+static struct refused refusal_of(const call *c) {
+    const service *s = c->service;
+    struct refused why = refused_last();
+    if (why.kind == REFUSAL_OVERLOADED && s->params->overload_status == 1) why.http_status = 429;
+    why.prompt_tokens = c->body.too_long;
+    why.context = s->facts->max_model_len;
+    return why;
+}
+
+static enum status end_body(call *c, const char *text, size_t n, struct load *l) {
+    TRY(body_end(c->service->facts, text, n, &c->body));
+    *l = load_of(&c->body);
+    return check_tokens(c->service, l);
+}
+
+static void on_rendered(void *user, const char *text, size_t n) {
+    call *c = user;
+    struct load l;
+    c->render = NULL;
+    if (text && end_body(c, text, n, &l) == STATUS_OK) {
+        submit_all(c, &l);
+        return;
     }
+    const struct refused why = refusal_of(c);
+    record_refused(c->request_id, c->trace_id, &why);
+    leave(c);
+    c->busy = true;
+    c->front->end(c->user, c, &why);
+    c->busy = false;
+    call_free_if_over(c);
 }
 
 /* The shortest of what the body, the protocol and the server say; 0 = none. */
@@ -310,20 +353,39 @@ static double timeout_of(const service *s, const struct body *b, double given) {
     return least;
 }
 
-static enum status open_call(call *c, const struct call_options *o, double *timeout) {
+static enum status open_call(call *c, const struct call_options *o) {
     service *s = c->service;
-    struct load l;
-    TRY(read_body(s, o, &c->body));
-    l = load_of(&c->body);
-    TRY(check_room(s, &c->body, &l));
-    TRY(open_replies(c));
-    *timeout = timeout_of(s, &c->body, o->timeout_seconds);
+    struct body *b = &c->body;
+    struct body_template t = {0};
+    TRY(read_body(s, o, b));
+    if (b->chat) {
+        const enum status status = body_read_template(s->facts, b->root, &t);
+        if (status != STATUS_OK) {
+            body_template_fini(&t);
+            return status;
+        }
+    } else {
+        TRY(body_end(s->facts, NULL, 0, b));
+    }
+    const struct load l = load_of(b);
+    enum status status;
+    TRY_GOTO(check_room(s, b, &l), out);
+    TRY_GOTO(check_tokens(s, &l), out);
+    TRY_GOTO(open_replies(c), out);
+    const double timeout = timeout_of(s, b, o->timeout_seconds);
+    const bool idle = l.tickets == 0;
     c->ticket_count = l.tickets;
-    c->tickets = calloc((size_t)l.tickets + 1, sizeof *c->tickets);
-    c->timer = evtimer_new(s->base, l.tickets > 0 ? on_deadline : on_nothing_to_do, c);
-    if (!c->tickets || !c->timer) return fail(STATUS_MEMORY, "no memory for a request");
-    admit(c, &l, *timeout);
-    return STATUS_OK;
+    c->tickets = malloc(((size_t)l.tickets + 1) * sizeof *c->tickets);
+    c->timer = evtimer_new(s->base, idle ? on_nothing_to_do : on_deadline, c);
+    if (!c->tickets || !c->timer) TRY_GOTO(fail(STATUS_MEMORY, "no memory for a request"), out);
+    for (int i = 0; i < l.tickets; i++) c->tickets[i] = -1;
+    if (b->chat) TRY_GOTO(render_start(s->renderer, &t, on_rendered, c, &c->render), out);
+    enlist(c, &l); /* from here on nothing fails */
+    if (!b->chat) submit_all(c, &l);
+    if (idle || timeout > 0) start_timer(c, idle ? 0 : timeout);
+out:
+    body_template_fini(&t);
+    return status;
 }
 
 /* Not by service_free: it was never on the list. */
@@ -337,16 +399,15 @@ static void discard(call *c) {
 }
 
 static bool may_call(service *s, struct refused *why) {
-    enum { LOADING = 3, DRAINING };
     switch (s->state) {
         case SERVICE_READY:
             return true;
         case SERVICE_LOADING:
-            metric_add(s->metrics, METRIC_rejections, LOADING, 1);
+            metric_add(s->metrics, METRIC_rejections, REJECTED_LOADING, 1);
             *why = refused_as(REFUSAL_LOADING, NULL, "the model is loading: try again later");
             return false;
         case SERVICE_DRAINING:
-            metric_add(s->metrics, METRIC_rejections, DRAINING, 1);
+            metric_add(s->metrics, METRIC_rejections, REJECTED_DRAINING, 1);
             *why = refused_as(REFUSAL_DRAINING, NULL, "the server is shutting down");
             return false;
         case SERVICE_DEAD:
@@ -357,8 +418,8 @@ static bool may_call(service *s, struct refused *why) {
 }
 
 call *service_call(service *s, const struct call_options *o, struct refused *why) {
-    double timeout = 0;
     if (!may_call(s, why)) {
+        record_refused(o->request_id, o->trace_id ? o->trace_id : "", why);
         json_decref(o->root);
         return NULL;
     }
@@ -378,11 +439,9 @@ call *service_call(service *s, const struct call_options *o, struct refused *why
     service_request_id(o->request_id, c->request_id);
     service_random_hex(c->id);
     snprintf(c->trace_id, sizeof c->trace_id, "%s", o->trace_id ? o->trace_id : "");
-    if (open_call(c, o, &timeout) == STATUS_OK) return c;
-    *why = refused_last();
-    if (why->kind == REFUSAL_OVERLOADED && s->params->overload_status == 1) why->http_status = 429;
-    why->prompt_tokens = c->body.too_long;
-    why->context = s->facts->max_model_len;
+    if (open_call(c, o) == STATUS_OK) return c;
+    *why = refusal_of(c);
+    record_refused(c->request_id, c->trace_id, why);
     discard(c);
     return NULL;
 }

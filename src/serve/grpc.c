@@ -212,6 +212,7 @@ static void on_closed(void *user, h2_stream *s) {
     (void)user;
     if (!r) return;
     drop_call(r, CALL_DISCONNECTED);
+    if (r->render) render_cancel(r->render);
     grpc_health_forget(r);
     for (int i = 0; r->choices && i < r->choice_count; i++) {
         json_writer_fini(&r->choices[i].text);

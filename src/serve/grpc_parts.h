@@ -21,6 +21,7 @@
 #include "serve/grpc_wire.h"
 #include "serve/h2.h"
 #include "serve/net.h"
+#include "serve/render.h"
 
 struct grpc;
 struct rpc;
@@ -45,8 +46,10 @@ struct rpc {
     h2_stream *stream;
     const struct grpc_method *method;
     char request_id[SERVICE_ID_BYTES], trace_id[33];
-    double timeout_seconds; /* 0: none */
-    call *call;             /* NULL: none, or over */
+    double timeout_seconds;        /* 0: none */
+    call *call;                    /* NULL: none, or over */
+    render *render;                /* of Tokenize with messages; NULL: none */
+    bool add_special, with_pieces; /* its fields */
     struct grpc_choice *choices;
     int choice_count;
     /* health Watch */

@@ -207,27 +207,6 @@ static void generate_call(struct rpc *r, const uint8_t *bytes, size_t n) {
 
 /* ---- Tokenize, Detokenize ---- */
 
-static enum status encode(const struct body_facts *facts, json_t *root, uint32_t **ids,
-                          size_t *count) {
-    const json_t *prompt = json_object_get(root, "prompt");
-    const json_t *add = json_object_get(root, "add_special_tokens");
-    if (!prompt == !json_object_get(root, "messages")) {
-        return fail_param(STATUS_REQUEST, "prompt", NULL, "one of prompt and messages is needed");
-    }
-    if (prompt) {
-        return tokenizer_encode(facts->tokenizer, json_string_value(prompt),
-                                json_string_length(prompt), !json_is_false(add), ids, count);
-    }
-    struct body b = {.root = root}; /* borrowed: what a template needs of a body */
-    char *text = NULL;
-    size_t n = 0;
-    TRY(body_render_messages(facts, &b, &text, &n));
-    const enum status status =
-        tokenizer_encode(facts->tokenizer, text, n, json_is_true(add), ids, count);
-    free(text);
-    return status;
-}
-
 static void reply_tokens(struct rpc *r, const struct body_facts *facts, uint32_t *ids, size_t count,
                          bool with_pieces) {
     Sfumato__V1__TokenizeResponse m = SFUMATO__V1__TOKENIZE_RESPONSE__INIT;
@@ -243,20 +222,46 @@ static void reply_tokens(struct rpc *r, const struct body_facts *facts, uint32_t
     free(pieces);
 }
 
-static void tokenize(struct rpc *r, const uint8_t *bytes, size_t n) {
+static enum status finish_tokens(struct rpc *r, const char *text, size_t n) {
+    const struct body_facts *facts = service_facts(r->site->service);
     uint32_t *ids = NULL;
     size_t count = 0;
+    TRY(tokenizer_encode(facts->tokenizer, text, n, r->add_special, &ids, &count));
+    reply_tokens(r, facts, ids, count, r->with_pieces);
+    free(ids);
+    return STATUS_OK;
+}
+
+static void on_rendered(void *user, const char *text, size_t n) {
+    struct rpc *r = user;
+    r->render = NULL;
+    if (!text || finish_tokens(r, text, n) != STATUS_OK) grpc_end_last(r);
+}
+
+/* Answers at once, or when the template has been rendered. */
+static enum status read_text(struct rpc *r, const struct body_facts *facts, const json_t *root) {
+    const json_t *prompt = json_object_get(root, "prompt");
+    const json_t *add = json_object_get(root, "add_special_tokens");
+    struct body_template t;
+    if (!prompt == !json_object_get(root, "messages")) {
+        return fail_param(STATUS_REQUEST, "prompt", NULL, "one of prompt and messages is needed");
+    }
+    r->add_special = prompt ? !json_is_false(add) : json_is_true(add);
+    r->with_pieces = json_is_true(json_object_get(root, "return_token_strs"));
+    if (prompt) return finish_tokens(r, json_string_value(prompt), json_string_length(prompt));
+    const enum status status = body_read_template(facts, root, &t);
+    if (status == STATUS_OK) {
+        return render_start(service_renderer(r->site->service), &t, on_rendered, r, &r->render);
+    }
+    body_template_fini(&t);
+    return status;
+}
+
+static void tokenize(struct rpc *r, const uint8_t *bytes, size_t n) {
     const struct body_facts *facts = grpc_facts(r);
     if (!facts) return;
     json_t *root = read_tree(r, &sfumato__v1__tokenize_request__descriptor, bytes, n);
-    if (!root) return;
-    if (encode(facts, root, &ids, &count) == STATUS_OK) {
-        reply_tokens(r, facts, ids, count,
-                     json_is_true(json_object_get(root, "return_token_strs")));
-    } else {
-        grpc_end_last(r);
-    }
-    free(ids);
+    if (root && read_text(r, facts, root) != STATUS_OK) grpc_end_last(r);
     json_decref(root);
 }
 

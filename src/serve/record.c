@@ -21,48 +21,80 @@ void record_choice(call *c, struct choice *choice) {
     choice_enter(c, choice, CHOICE_DONE);
 }
 
-static void log_call(const call *c, const char *status, double first, double last,
-                     const char *finish, const char *end) {
-    const struct request_usage u = call_usage(c);
-    const double now = service_clock();
-    const int64_t steps = u.completion_tokens;
-    const double ttft_ms = first > 0 ? 1e3 * (first - c->arrival) : NAN;
-    const double itl_ms =
-        steps > c->choice_count ? 1e3 * (last - first) / (double)(steps - c->choice_count) : NAN;
+struct line {
+    const char *request_id, *trace_id, *status, *finish, *thinking_end, *mode; /* NULL: null */
+    struct request_usage usage;
+    double queue_ms, ttft_ms, itl_ms, e2e_ms; /* NAN: null */
+};
+
+static void write_line(const struct line *l) {
     struct json_writer w;
     json_writer_init(&w);
     json_begin(&w, '{');
     json_key(&w, "request_id");
-    json_write_text(&w, c->request_id);
+    json_write_text(&w, l->request_id);
     json_key(&w, "trace_id");
-    json_write_text(&w, c->trace_id[0] ? c->trace_id : NULL);
+    json_write_text(&w, l->trace_id[0] ? l->trace_id : NULL);
     json_key(&w, "status");
-    json_write_text(&w, status);
+    json_write_text(&w, l->status);
     json_key(&w, "prompt_tokens");
-    json_write_int(&w, u.prompt_tokens);
+    json_write_int(&w, l->usage.prompt_tokens);
     json_key(&w, "thinking_tokens");
-    json_write_int(&w, u.reasoning_tokens);
+    json_write_int(&w, l->usage.reasoning_tokens);
     json_key(&w, "answer_tokens");
-    json_write_int(&w, u.completion_tokens - u.reasoning_tokens);
+    json_write_int(&w, l->usage.completion_tokens - l->usage.reasoning_tokens);
     json_key(&w, "cached_tokens");
-    json_write_int(&w, u.cached_tokens);
+    json_write_int(&w, l->usage.cached_tokens);
     json_key(&w, "queue_ms");
-    json_write_real(&w, c->queue_seconds < 0 ? NAN : round(1e4 * c->queue_seconds) / 10);
+    json_write_real(&w, round(10 * l->queue_ms) / 10);
     json_key(&w, "ttft_ms");
-    json_write_real(&w, round(10 * ttft_ms) / 10);
+    json_write_real(&w, round(10 * l->ttft_ms) / 10);
     json_key(&w, "itl_ms");
-    json_write_real(&w, round(1000 * itl_ms) / 1000);
+    json_write_real(&w, round(1000 * l->itl_ms) / 1000);
     json_key(&w, "e2e_ms");
-    json_write_real(&w, round(1e4 * (now - c->arrival)) / 10);
+    json_write_real(&w, round(10 * l->e2e_ms) / 10);
     json_key(&w, "finish");
-    json_write_text(&w, finish);
+    json_write_text(&w, l->finish);
     json_key(&w, "thinking_end");
-    json_write_text(&w, end);
+    json_write_text(&w, l->thinking_end);
     json_key(&w, "mode");
-    json_write_text(&w, think_mode_name(c->body.request.think.mode));
+    json_write_text(&w, l->mode);
     json_end(&w, '}');
     if (!w.failed) log_record("request", w.bytes, w.n);
     json_writer_fini(&w);
+}
+
+void record_refused(const char *request_id, const char *trace_id, const struct refused *why) {
+    const char *code = why->code ? why->code : why->fault.code;
+    const struct line line = {.request_id = request_id,
+                              .trace_id = trace_id,
+                              .status = *code ? code : "invalid",
+                              .queue_ms = NAN,
+                              .ttft_ms = NAN,
+                              .itl_ms = NAN,
+                              .e2e_ms = NAN,
+                              .finish = "refused"};
+    write_line(&line);
+}
+
+static void log_call(const call *c, const char *status, double first, double last,
+                     const char *finish, const char *end) {
+    const struct request_usage u = call_usage(c);
+    const int64_t more = u.completion_tokens - c->choice_count; /* steps with one before them */
+    const struct line line = {
+        .request_id = c->request_id,
+        .trace_id = c->trace_id,
+        .status = status,
+        .usage = u,
+        .queue_ms = c->queue_seconds < 0 ? NAN : 1e3 * c->queue_seconds,
+        .ttft_ms = first > 0 ? 1e3 * (first - c->arrival) : NAN,
+        .itl_ms = more > 0 ? 1e3 * (last - first) / (double)more : NAN,
+        .e2e_ms = 1e3 * (service_clock() - c->arrival),
+        .finish = finish,
+        .thinking_end = end,
+        .mode = think_mode_name(c->body.request.think.mode),
+    };
+    write_line(&line);
 }
 
 void record_call(call *c, const struct refused *why, const char *gone) {

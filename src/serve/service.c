@@ -49,6 +49,11 @@ enum status service_new(struct event_base *base, const struct params *params, st
         return fail(STATUS_MEMORY, "no memory for %d sequences: lower --max-num-queued-reqs",
                     s->sequences_max);
     }
+    const enum status status = renderer_new(base, s->sequences_max, &s->renderer);
+    if (status != STATUS_OK) {
+        service_free(s);
+        return status;
+    }
     for (int i = 0; i < s->ticket_max; i++) s->tickets[i].next_free = i + 1;
     s->tickets[s->ticket_max - 1].next_free = -1;
     *out = s;
@@ -58,6 +63,7 @@ enum status service_new(struct event_base *base, const struct params *params, st
 /* The loop has ended: what is left belongs to calls whose sequences the engine never ended. */
 void service_free(service *s) {
     if (!s) return;
+    renderer_free(s->renderer);
     while (s->calls) {
         call *c = s->calls;
         for (int i = 0; i < c->ticket_count; i++) {
@@ -121,6 +127,10 @@ void service_end_all(service *s, enum refusal why, const char *text) {
 void service_die(service *s, const char *text) {
     service_set_state(s, SERVICE_DEAD);
     service_end_all(s, REFUSAL_DEAD, text);
+}
+
+struct renderer *service_renderer(const service *s) {
+    return s->renderer;
 }
 
 int service_calls(const service *s) { return s->call_count; }

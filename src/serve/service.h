@@ -1,6 +1,6 @@
 /* service.h: the protocol-independent core of the service (serving.md §6, §8), on the net thread.
  *
- *   HTTP, gRPC ─► service_call ─► admission ─► tickets ══down══► worker ─► engine
+ *   HTTP, gRPC ─► service_call ─► admission ─► (template) ─► tickets ══down══► worker ─► engine
  *       ▲                                                                    │
  *       └─ front: step, finish, end ◄─ replies ◄─ tickets ◄══up══ events ◄───┘
  *
@@ -72,6 +72,8 @@ void service_die(service *s, const char *text);
 int service_calls(const service *s);        /* not ended yet, as clients see it */
 int service_sequences(const service *s);    /* held by the engine, queued ones included */
 bool service_aborted_any(const service *s); /* a call was ended by service_end_all or service_die */
+/* For templates outside of calls. */
+struct renderer *service_renderer(const service *s);
 /* Up messages, when net.c sees the mailbox's file descriptor readable. */
 void service_read(service *s);
 /* Gauges that are computed when somebody looks. */
@@ -110,7 +112,8 @@ struct call_options {
     void *user;
 };
 
-/* Parses, validates and admits a request, whole or not at all. NULL: refused, *why says how. */
+/* Parses, validates and admits a request, whole or not at all. NULL: refused, *why says how. What
+ * is found out only when the template of a chat has been rendered comes as its end. */
 call *service_call(service *s, const struct call_options *options, struct refused *why);
 
 enum call_gone { CALL_DISCONNECTED, CALL_SLOW_READER };

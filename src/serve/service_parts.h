@@ -8,6 +8,7 @@
 #ifndef SFUMATO_SERVE_SERVICE_PARTS_H
 #define SFUMATO_SERVE_SERVICE_PARTS_H
 
+#include "serve/render.h"
 #include "serve/service.h"
 
 enum { WATCHERS_MAX = 4 };
@@ -44,6 +45,7 @@ struct call {
     enum call_state state;
     bool busy; /* a front function runs: do not free */
     struct body body;
+    render *render; /* its template is being rendered: nothing has gone to the engine; or NULL */
     struct choice *choices; /* [choice_count] */
     int choice_count, open_count;
     int *tickets; /* [ticket_count] indices, -1 when released */
@@ -64,6 +66,7 @@ struct service {
     const struct params *params;
     struct wires *wires;
     struct metrics *metrics;
+    renderer *renderer;
     const struct body_facts *facts;
     enum service_state state;
     double start;
@@ -99,6 +102,8 @@ void choice_enter(call *c, struct choice *choice, enum choice_phase phase);
 /* record.c */
 enum record_end { RECORD_COMPLETE, RECORD_REFUSED, RECORD_GONE };
 void record_choice(call *c, struct choice *choice);
+/* It never got to the engine. */
+void record_refused(const char *request_id, const char *trace_id, const struct refused *why);
 void record_call(call *c, const struct refused *why, const char *gone);
 
 #endif

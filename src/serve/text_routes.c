@@ -6,6 +6,7 @@
 
 #include "serve/fields.h"
 #include "serve/http.h"
+#include "serve/render.h"
 
 enum { IDS_MAX = 1 << 24 };
 
@@ -33,31 +34,6 @@ static enum status read_object(struct exchange *x, const struct body_facts *fact
     return body_check_model(facts, name);
 }
 
-/* prompt, or messages through the template: text (malloc'ed) and whether special ids are added. */
-static enum status read_text(const struct body_facts *facts, json_t *root, bool only_messages,
-                             char **text, size_t *n, bool *add_special) {
-    const char *prompt = NULL;
-    TRY(field_text(root, "", "prompt", &prompt));
-    if (field_get(root, "messages")) {
-        struct body body = {.root = root};
-        *add_special = false;
-        if (prompt) {
-            return fail_param(STATUS_REQUEST, "prompt", NULL,
-                              "a request needs either messages or prompt");
-        }
-        TRY(body_render_messages(facts, &body, text, n));
-    } else if (prompt && !only_messages) {
-        *add_special = true;
-        *n = json_string_length(json_object_get(root, "prompt"));
-        *text = strndup(prompt, *n);
-        if (!*text) return fail(STATUS_MEMORY, "no memory for a prompt");
-    } else {
-        return fail_param(STATUS_REQUEST, only_messages ? "messages" : "prompt", NULL,
-                          "%s is missing", only_messages ? "messages" : "prompt");
-    }
-    return field_bool(root, "", "add_special_tokens", add_special);
-}
-
 static void write_tokens(const struct body_facts *facts, const uint32_t *ids, size_t count,
                          bool strings, struct json_writer *w) {
     json_begin(w, '{');
@@ -83,30 +59,113 @@ static void write_tokens(const struct body_facts *facts, const uint32_t *ids, si
     json_end(w, '}');
 }
 
-void text_tokenize(struct exchange *x) {
+static void reply_prompt(struct exchange *x, const char *text, size_t n) {
+    struct json_writer w;
+    json_writer_init(&w);
+    json_begin(&w, '{');
+    json_key(&w, "prompt");
+    json_write_string(&w, text, n);
+    json_end(&w, '}');
+    http_reply_json(x, 200, &w);
+    json_writer_fini(&w);
+}
+
+/* ---- texts: prompt, or messages through the template ---- */
+
+struct text_job;
+typedef enum status text_finish(struct text_job *j, const char *text, size_t n);
+
+/* A request whose template is being rendered, or that needs none. */
+struct text_job {
+    struct exchange *x;
+    const struct body_facts *facts;
+    render *render;
+    text_finish *finish;
+    bool add_special, strings; /* of /tokenize */
+};
+
+static enum status finish_tokens(struct text_job *j, const char *text, size_t n) {
+    uint32_t *ids = NULL;
+    size_t count = 0;
+    struct json_writer w;
+    TRY(tokenizer_encode(j->facts->tokenizer, text, n, j->add_special, &ids, &count));
+    json_writer_init(&w);
+    write_tokens(j->facts, ids, count, j->strings, &w);
+    http_reply_json(j->x, 200, &w);
+    json_writer_fini(&w);
+    free(ids);
+    return STATUS_OK;
+}
+
+static enum status finish_prompt(struct text_job *j, const char *text, size_t n) {
+    reply_prompt(j->x, text, n);
+    return STATUS_OK;
+}
+
+static void on_rendered(void *user, const char *text, size_t n) {
+    struct text_job *j = user;
+    if (!text || j->finish(j, text, n) != STATUS_OK) reply_failure(j->x);
+    free(j);
+}
+
+static void on_gone(struct exchange *x) {
+    struct text_job *j = x->user;
+    render_cancel(j->render);
+    free(j);
+}
+
+/* Answers at once, or later: then *parked has taken the job. */
+static enum status read_text(struct text_job *j, json_t *root, bool *parked) {
+    const json_t *messages = field_get(root, "messages");
+    const char *prompt = NULL;
+    struct body_template t;
+    j->add_special = !messages;
+    TRY(field_text(root, "", "prompt", &prompt));
+    TRY(field_bool(root, "", "return_token_strs", &j->strings));
+    TRY(field_bool(root, "", "add_special_tokens", &j->add_special));
+    if (messages && prompt) {
+        return fail_param(STATUS_REQUEST, "prompt", NULL,
+                          "a request needs either messages or prompt");
+    }
+    if (!messages && (!prompt || j->finish == finish_prompt)) {
+        const char *key = j->finish == finish_prompt ? "messages" : "prompt";
+        return fail_param(STATUS_REQUEST, key, NULL, "%s is missing", key);
+    }
+    if (prompt) {
+        return j->finish(j, prompt, json_string_length(json_object_get(root, "prompt")));
+    }
+    const enum status status = body_read_template(j->facts, root, &t);
+    if (status != STATUS_OK) {
+        body_template_fini(&t);
+        return status;
+    }
+    TRY(render_start(service_renderer(j->x->site->service), &t, on_rendered, j, &j->render));
+    *parked = true;
+    j->x->user = j;
+    j->x->on_gone = on_gone;
+    http_hold(j->x);
+    return STATUS_OK;
+}
+
+static void start_text(struct exchange *x, text_finish *finish) {
     const struct body_facts *facts = facts_of(x);
     if (!facts) return;
     json_t *root = NULL;
-    char *text = NULL;
-    uint32_t *ids = NULL;
-    size_t n = 0, count = 0;
-    bool add_special = true, strings = false;
-    struct json_writer w;
+    bool parked = false;
     enum status status;
-    json_writer_init(&w);
+    struct text_job *j = calloc(1, sizeof *j);
+    if (!j) TRY_GOTO(fail(STATUS_MEMORY, "no memory for a request"), out);
+    *j = (struct text_job){.x = x, .facts = facts, .finish = finish};
     TRY_GOTO(read_object(x, facts, &root), out);
-    TRY_GOTO(field_bool(root, "", "return_token_strs", &strings), out);
-    TRY_GOTO(read_text(facts, root, false, &text, &n, &add_special), out);
-    TRY_GOTO(tokenizer_encode(facts->tokenizer, text, n, add_special, &ids, &count), out);
-    write_tokens(facts, ids, count, strings, &w);
-    http_reply_json(x, 200, &w);
+    TRY_GOTO(read_text(j, root, &parked), out);
 out:
     if (status != STATUS_OK) reply_failure(x);
-    json_writer_fini(&w);
     json_decref(root);
-    free(text);
-    free(ids);
+    if (!parked) free(j);
 }
+
+void text_tokenize(struct exchange *x) { start_text(x, finish_tokens); }
+void text_apply_template(struct exchange *x) { start_text(x, finish_prompt); }
 
 static enum status read_ids(const struct body_facts *facts, const json_t *root, uint32_t **ids,
                             size_t *count) {
@@ -130,17 +189,6 @@ static enum status read_ids(const struct body_facts *facts, const json_t *root, 
     return STATUS_OK;
 }
 
-static void reply_prompt(struct exchange *x, const char *text, size_t n) {
-    struct json_writer w;
-    json_writer_init(&w);
-    json_begin(&w, '{');
-    json_key(&w, "prompt");
-    json_write_string(&w, text, n);
-    json_end(&w, '}');
-    http_reply_json(x, 200, &w);
-    json_writer_fini(&w);
-}
-
 void text_detokenize(struct exchange *x) {
     const struct body_facts *facts = facts_of(x);
     if (!facts) return;
@@ -158,23 +206,6 @@ out:
     json_decref(root);
     free(text);
     free(ids);
-}
-
-void text_apply_template(struct exchange *x) {
-    const struct body_facts *facts = facts_of(x);
-    if (!facts) return;
-    json_t *root = NULL;
-    char *text = NULL;
-    size_t n = 0;
-    bool add_special = false;
-    enum status status;
-    TRY_GOTO(read_object(x, facts, &root), out);
-    TRY_GOTO(read_text(facts, root, true, &text, &n, &add_special), out);
-    reply_prompt(x, text, n);
-out:
-    if (status != STATUS_OK) reply_failure(x);
-    json_decref(root);
-    free(text);
 }
 
 /* ---- models ---- */

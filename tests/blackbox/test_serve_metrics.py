@@ -112,7 +112,8 @@ def test_R13_promtool():
         pytest.skip("promtool is not installed")
     with Server("--metrics-prefix", "sfumato_", ranks=0) as one:
         done = subprocess.run(["promtool", "check", "metrics"], input=scrape(one).encode(), capture_output=True)
-        assert done.returncode == 0, done.stdout + done.stderr
+        assert done.returncode == 0 and not done.stdout and not done.stderr, done.stdout + done.stderr
+        assert b"sfumato_iteration_tokens_count" in scrape(one).encode()
 
 
 def test_R13_totals_are_the_sum_of_usage(server):
@@ -160,6 +161,17 @@ def test_R13_one_line_a_request(server):
     }
     assert 0 <= records[0]["queue_ms"] <= records[0]["ttft_ms"] <= records[0]["e2e_ms"]
     assert "SECRET" not in server.text
+
+
+def test_R13_a_line_for_refused_requests_too(server):
+    """The same fields; whatever could not be known is null."""
+    for name, body, status in (("r-1", chat("x", temperature=9), "invalid"), ("r-2", chat("x " * 3000), "context_length_exceeded"),
+                               ("r-3", b"{", "invalid"), ("r-4", chat("x", model="other"), "model_not_found")):
+        assert server.call("POST", "/v1/chat/completions", body, {"X-Request-Id": name})[0] in (400, 404)
+        server.wait_line(name)
+        (record,) = [r for r in server.records() if r["request_id"] == name]
+        assert (record["status"], record["finish"]) == (status, "refused") and record["ttft_ms"] is None
+        assert record["prompt_tokens"] == record["answer_tokens"] == 0
 
 
 def test_R13_json_log():
