@@ -30,6 +30,7 @@
 #endif
 
 #include "base/bf16.h"
+#include "base/fp8.h"
 #include "base/fmath.h"
 #include "kernels/kernels.h"
 
@@ -151,6 +152,25 @@ static __device__ __forceinline__ void mma_bf16(float d[4], uint4 a, uint2 b) {
         "{%8, %9}, {%0, %1, %2, %3};"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
         : "r"(a.x), "r"(a.z), "r"(a.y), "r"(a.w), "r"(b.x), "r"(b.y));
+#endif
+}
+
+/* Four e4m3 weights (a word of kernels.h's fp8 layout) as the bf16 pairs of mma_bf16, exactly: sign
+ * and the 7 bits below it move to where bf16 has them, and a product with 2^120 fixes the exponent,
+ * of subnormals as well. */
+static __device__ __forceinline__ uint2 fp8_to_bf16(uint32_t word) {
+#ifdef KERNELS_FIBRE
+    uint32_t pair[2];
+    for (int i = 0; i < 2; i++)
+        pair[i] = bf16_from_float(fp8_to_float((fp8)(word >> 8 * i))) |
+                  (uint32_t)bf16_from_float(fp8_to_float((fp8)(word >> (8 * i + 16)))) << 16;
+    return make_uint2(pair[0], pair[1]);
+#else
+    uint32_t even = (word << 8 & 0x80008000u) | (word << 4 & 0x07f007f0u);
+    uint32_t odd = (word & 0x80008000u) | (word >> 4 & 0x07f007f0u);
+    asm("fma.rn.bf16x2 %0, %0, %1, %2;" : "+r"(even) : "r"(0x7b807b80u), "r"(0x80008000u));
+    asm("fma.rn.bf16x2 %0, %0, %1, %2;" : "+r"(odd) : "r"(0x7b807b80u), "r"(0x80008000u));
+    return make_uint2(even, odd);
 #endif
 }
 

@@ -8,31 +8,14 @@
  *   block        0          1          2
  *   tiles   |....:....|..:....:..|.:....:...      : = row tile ends
  *
- * A row tile inside one block is finished there. Of one that blocks share, each leaves its partial
- * sum in the workspace (a block has at most two: of its first and its last segment); who arrives
- * last adds them in block order and finishes. So bits depend on G and the shape, not on timing.
+ * gemv.cuh says how a row tile that several blocks share is finished.
  */
-#include "kernels/product.cuh"
+#include "kernels/gemv.cuh"
 
-enum { WARPS = 8, GEMV_THREADS = WARPS * WARP, UNROLL = 4, BLOCKS_AN_SM = 2 };
-
-/* Workspace: partials [G][2][GEMV_ROWS][16], then counters [row tiles]: what a matrix leaves as
- * partial sums never is another one's counter. */
-static size_t partials_floats(void) {
-    return (size_t)kernels_sm_count * BLOCKS_AN_SM * 2 * GEMV_ROWS * KERNELS_TILE;
-}
+enum { WARPS = PRODUCT_WARPS, UNROLL = 4 };
 
 extern "C" size_t kernels_product_workspace_bytes(int row_tiles_max) {
-    return partials_floats() * sizeof(float) + (size_t)row_tiles_max * sizeof(uint32_t);
-}
-
-static __device__ __forceinline__ int64_t block_begin(int64_t total, int64_t blocks,
-                                                      int64_t block) {
-    return total * block / blocks;
-}
-/* The block that owns k tile e. */
-static __device__ __forceinline__ int64_t block_of(int64_t total, int64_t blocks, int64_t e) {
-    return ((e + 1) * blocks - 1) / total;
+    return gemv_partials_floats() * sizeof(float) + (size_t)row_tiles_max * sizeof(uint32_t);
 }
 
 /* acc[row][0, 1] += rows g and g + 8 of the tile times four inputs. */
@@ -52,26 +35,8 @@ static __device__ __forceinline__ void multiply(float acc[M][2], uint4 w, const 
     }
 }
 
-/* value: [M][16] shared sums of a row tile. Threads 0 .. 16 M - 1 store. */
 template <int M>
-static __device__ __forceinline__ void finish(const struct kernels_matrix &m, int64_t tile,
-                                              const float *value, float *out, bf16 *act) {
-    const int i = (int)threadIdx.x, row = i / KERNELS_TILE, height = i % KERNELS_TILE;
-    if (row >= M) return;
-    if (m.kind == KERNELS_GATE_UP) {
-        const int64_t f = tile * TILE_UNITS + height;
-        if (height < TILE_UNITS && f < m.rows)
-            act[row * m.rows + f] =
-                bf16_from_float(product_swiglu(value[row * KERNELS_TILE + height],
-                                               value[row * KERNELS_TILE + height + TILE_UNITS]));
-    } else {
-        const int64_t n = tile * KERNELS_TILE + height;
-        if (n < m.rows) out[row * m.rows + n] = value[row * KERNELS_TILE + height];
-    }
-}
-
-template <int M>
-static __global__ void __launch_bounds__(GEMV_THREADS, BLOCKS_AN_SM)
+static __global__ void __launch_bounds__(PRODUCT_THREADS, GEMV_BLOCKS_AN_SM)
     gemv(const __grid_constant__ struct kernels_matrix m, const bf16 *in, float *out, bf16 *act,
          uint32_t *counters, float *partials) {
     __shared__ float warp_value[WARPS][M * KERNELS_TILE];
@@ -79,10 +44,9 @@ static __global__ void __launch_bounds__(GEMV_THREADS, BLOCKS_AN_SM)
     __shared__ uint32_t flag;
     const int lane = (int)threadIdx.x % WARP, warp = (int)threadIdx.x / WARP, g = lane / 4,
               t = lane % 4;
-    const int64_t per_row = m.col_tiles, total = m.row_tiles * per_row, blocks = gridDim.x,
-                  me = blockIdx.x;
-    const int64_t my_begin = block_begin(total, blocks, me),
-                  my_end = block_begin(total, blocks, me + 1);
+    const struct gemv_work work = {m.col_tiles, m.row_tiles * (int64_t)m.col_tiles};
+    const int64_t per_row = work.per_row, my_begin = work.begin(blockIdx.x),
+                  my_end = work.begin(blockIdx.x + 1);
     /* the warps' pieces of the first segment, about */
     const int64_t ahead = (my_end - my_begin < per_row ? my_end - my_begin : per_row) / WARPS;
     prefetch_tiles(m, my_begin + ahead * warp, ahead);
@@ -128,33 +92,8 @@ static __global__ void __launch_bounds__(GEMV_THREADS, BLOCKS_AN_SM)
                 v += __shfl_xor_sync(WARP_ALL, v, 2);
                 if (t == 0) warp_value[warp][r * KERNELS_TILE + g + 8 * half] = v;
             }
-        __syncthreads();
-        const int i = (int)threadIdx.x;
-        float sum = 0.0f;
-        if (i < M * KERNELS_TILE)
-            sum = product_tree(&warp_value[0][i], M * KERNELS_TILE, WARPS) + 0.0f;
-
-        bool mine = count == per_row;
-        if (!mine) {
-            float *slots =
-                partials + i; /* of block b, segment s: slots + (2 b + s) * GEMV_ROWS * 16 */
-            const int stride = GEMV_ROWS * KERNELS_TILE;
-            if (i < M * KERNELS_TILE)
-                slots[(2 * me + (my_begin > tile * per_row ? 0 : 1)) * stride] = sum;
-            const int64_t first = block_of(total, blocks, tile * per_row);
-            const int64_t last = block_of(total, blocks, row_end - 1);
-            mine = last_arrival(&counters[tile], (uint32_t)(last - first + 1), &flag);
-            if (mine && i < M * KERNELS_TILE) {
-                sum = 0.0f;
-                for (int64_t b = first; b <= last; b++)
-                    sum += __ldcg(
-                        slots + (2 * b + (block_begin(total, blocks, b) > tile * per_row ? 0 : 1)) *
-                                    stride);
-            }
-        }
-        if (i < M * KERNELS_TILE) value[i] = sum;
-        __syncthreads();
-        if (mine) finish<M>(m, tile, value, out, act);
+        gemv_deliver<M>(m, M, work, tile, count, &warp_value[0][0], value, &flag, counters, partials,
+                        out, act);
         at = end;
     }
 }
@@ -162,10 +101,10 @@ static __global__ void __launch_bounds__(GEMV_THREADS, BLOCKS_AN_SM)
 int gemv_run(kernels_stream stream, int rows, const struct kernels_matrix *m, const bf16 *in,
              float *out, bf16 *act, void *workspace) {
     float *partials = (float *)workspace;
-    uint32_t *counters = (uint32_t *)(void *)(partials + partials_floats());
+    uint32_t *counters = gemv_counters(workspace);
     const int64_t total = (int64_t)m->row_tiles * m->col_tiles;
-    const int64_t most = (int64_t)kernels_sm_count * BLOCKS_AN_SM;
-    const dim3 grid((unsigned)(total < most ? total : most)), block(GEMV_THREADS);
+    const int64_t most = (int64_t)kernels_sm_count * GEMV_BLOCKS_AN_SM;
+    const dim3 grid((unsigned)(total < most ? total : most)), block(PRODUCT_THREADS);
     if (rows == 1)
         KERNELS_LAUNCH(gemv<1>, grid, block, 0, stream, *m, in, out, act, counters, partials);
     else if (rows == 2)

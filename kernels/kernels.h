@@ -15,6 +15,19 @@
  *   GATE_UP: rows 0..7 of a tile are gate rows of 8 ffn columns, rows 8..15 their up rows
  *   column tiles run part by part; a part's last tile is filled up with zeros
  *
+ * fp8 weights (e4m3, base/fp8.h): the same fragments of two column tiles in one load, and scales,
+ *
+ *   [row tile][pair of column tiles] 512 bytes = [lane] 16 bytes, lane = 4 g + t:
+ *       4 bytes each of W[g] and W[g + 8] of the first tile, then of the second; the four are
+ *       inputs 4t, 4t + 2, 4t + 1, 4t + 3
+ *   behind them [row tile][block of 128 columns][2] fp32: scales of rows 0..7 and of rows 8..15,
+ *       so that the gate and the up rows of a tile may have their own
+ *   blocks count from the first column of each part; a part's last one is filled up with zeros
+ *
+ * Activations stay bf16 for any T. A weight is q * scale; q goes to the product as an exact bf16 and
+ * the scale to the sum: a part's sum = fma(block sum, scale, sum) over its blocks in ascending
+ * order, from 0, a block sum = one chain of products over its 128 columns, from 0.
+ *
  * Numerics: gpu.md section 3. KERNELS_DETERMINISTIC: a row's bits do not depend on T or its
  * neighbours, and sums over slabs follow the tree of cpu.md section 3, so TP 1, 2, 4, 8 agree.
  * KERNELS_FAST: the same kernel from 5 rows on, a weight-streaming GEMV with its own order below.
@@ -44,6 +57,7 @@ enum {
     KERNELS_RANKS_MAX = 64,
 };
 enum kernels_mode { KERNELS_FAST, KERNELS_DETERMINISTIC };
+enum kernels_dtype { KERNELS_BF16, KERNELS_FP8 }; /* of weights */
 enum kernels_kind { KERNELS_COLUMN, KERNELS_GATE_UP, KERNELS_ROW }; /* = enum matrix_kind */
 
 /* Once per process, after cudaSetDevice and before the first launch. */
@@ -59,6 +73,7 @@ bool kernels_reads_host_memory(void);
 
 struct kernels_matrix {
     void *data; /* kernels_matrix_bytes, aligned to 16; set by the caller */
+    enum kernels_dtype dtype;
     enum kernels_kind kind;
     int32_t row_tiles, col_tiles;
     int64_t rows, cols; /* N (GATE_UP: F), K local */
@@ -70,13 +85,18 @@ struct kernels_matrix {
 };
 /* Host: fills everything but data. slab_begin: [slab_count + 1] column borders, ROW only. False:
  * more slabs than KERNELS_PARTS_MAX, or a size beyond int32 tiles. */
-bool kernels_matrix_shape(enum kernels_kind kind, int64_t rows, int64_t cols, int slab_count,
-                          const int64_t *slab_begin, struct kernels_matrix *out);
+bool kernels_matrix_shape(enum kernels_dtype dtype, enum kernels_kind kind, int64_t rows,
+                          int64_t cols, int slab_count, const int64_t *slab_begin,
+                          struct kernels_matrix *out);
 size_t kernels_matrix_bytes(const struct kernels_matrix *m);
 /* rows: [row_count][K] fp32, rows [row_begin, +row_count) of part (GATE_UP: 0 gate, 1 up), rounded
  * to bf16 (RNE). The padding of data must have been zeroed before. */
 int kernels_pack(kernels_stream stream, const struct kernels_matrix *m, int part, int64_t row_begin,
                  int64_t row_count, const float *rows);
+/* The same for an fp8 matrix: q = e4m3(row / scale), to nearest. scales: one for each block of 128
+ * columns (col_tiles / 8 of them), of all these rows. row_begin: a multiple of 8; at most 128 rows. */
+int kernels_pack_fp8(kernels_stream stream, const struct kernels_matrix *m, int part,
+                     int64_t row_begin, int64_t row_count, const float *rows, const float *scales);
 
 /* ---- embedding and norms (rows.cu) ---- */
 
@@ -149,7 +169,7 @@ int kernels_peers_sum_norm(kernels_stream stream, enum kernels_way way,
 int kernels_peers_gather(kernels_stream stream, const struct kernels_peers *p, const void *mine,
                          size_t bytes, void *all, size_t stride);
 
-/* ---- products (product.cu: mma; gemv.cu: up to 4 rows in fast mode) ---- */
+/* ---- products (product.cu: mma; gemv.cu: up to 4 rows in fast mode; fp8.cu: fp8 weights) ---- */
 
 /* For every matrix of the model: row_tiles_max = largest row_tiles. */
 size_t kernels_product_workspace_bytes(int row_tiles_max);

@@ -3,55 +3,31 @@
  * The weights are the 16-row operand of mma.sync m16n8k16, the rows of the step its 8 columns: a
  * column's result does not depend on its neighbours, so a row's bits do not depend on T. A warp
  * takes one part of K (a slab, or an eighth) of MT row tiles, from its first to its last tile; the
- * partial sums of a block's 8 warps meet in shared memory and are added along the slab tree:
- *
- *   warp = (group of row tiles, part, piece of the part)
- *          8 slabs: 1, 8, 1     1 slab, deterministic: 8, 1, 1     1 slab, fast: 1, 1, 8
- *   shared [warp][8 NT columns][16 MT rows + 4] fp32
+ * partial sums of a block's 8 warps meet in shared memory and are added along the slab tree.
+ * How warps share the work and where the sums meet: product.cuh.
  *
  * Weights are read once, 16 bytes a lane, straight into the operand's registers; activations 8
  * bytes a lane from L1 and L2, unless K or a slab border is no multiple of 4 (toy models).
  * Epilogues: store fp32, or SwiGLU (a tile holds 8 gate rows and their up rows). gemv.cu takes over
- * for up to 4 rows in fast mode.
+ * for up to 4 rows in fast mode, fp8.cu for weights of 8 bits.
  */
 #include "kernels/product.cuh"
-
-enum { WARPS = 8, PRODUCT_THREADS = WARPS * WARP, ROW_PAD = 4 };
-
-/* How the 8 warps share a block's work: 1 << log each, the product of the three is 8. */
-struct product_split {
-    int part_log, piece_log;
-};
-
-/* Four consecutive inputs of an activation row; beyond the part or the rows: zeros. */
-template <bool ALIGNED>
-static __device__ __forceinline__ uint2 load_inputs(const bf16 *row, bool valid, int column,
-                                                    int end) {
-    if constexpr (ALIGNED) {
-        return valid && column < end ? *(const uint2 *)(row + column) : make_uint2(0, 0);
-    } else {
-        uint32_t v[4];
-#pragma unroll
-        for (int i = 0; i < 4; i++) v[i] = valid && column + i < end ? row[column + i] : 0u;
-        return make_uint2(v[0] | v[1] << 16, v[2] | v[3] << 16);
-    }
-}
 
 /* MT row tiles, NT times 8 rows of the step. grid: (row tile groups, groups of 8 NT rows). */
 template <int MT, int NT, bool ALIGNED>
 static __global__ void __launch_bounds__(PRODUCT_THREADS, NT > 4 ? 1 : 2)
     product_mma(const __grid_constant__ struct kernels_matrix m, struct product_split split,
                 int rows, const bf16 *in, float *out, bf16 *act) {
-    enum { COLUMNS = 8 * NT, HEIGHT = KERNELS_TILE * MT, PITCH = HEIGHT + ROW_PAD };
+    enum { COLUMNS = 8 * NT };
     enum {
         UNROLL = NT == 4 ? 2 : 4
     };                              /* tiles in flight; two blocks of NT = 4 share 64 K registers */
-    KERNELS_SHARED(float, partial); /* [WARPS][COLUMNS][PITCH] */
+    KERNELS_SHARED(float, partial); /* see product_finish */
     const int lane = (int)threadIdx.x % WARP, warp = (int)threadIdx.x / WARP, g = lane / 4,
               t = lane % 4;
     const int pieces = 1 << split.piece_log, slots = 1 << (split.part_log + split.piece_log);
     const int part = warp % slots >> split.piece_log, piece = warp % pieces;
-    const int groups = WARPS / slots;
+    const int groups = PRODUCT_WARPS / slots;
     const int first_tile = ((int)blockIdx.x * groups + warp / slots) * MT;
     const int first_row = (int)blockIdx.y * COLUMNS;
 
@@ -128,82 +104,37 @@ static __global__ void __launch_bounds__(PRODUCT_THREADS, NT > 4 ? 1 : 2)
         }
     }
 
-    float *mine = partial + warp * (COLUMNS * PITCH);
-#pragma unroll
-    for (int i = 0; i < MT; i++)
-#pragma unroll
-        for (int j = 0; j < NT; j++)
-#pragma unroll
-            for (int e = 0; e < 4; e++)
-                mine[(8 * j + 2 * t + e % 2) * PITCH + KERNELS_TILE * i + g + e / 2 * 8] =
-                    present ? acc[i][j][e] + 0.0f : -0.0f;
-    __syncthreads();
-
-    /* outputs of the block: [groups][COLUMNS][HEIGHT], height fastest: neighbours store neighbours
-     */
-    for (int i = (int)threadIdx.x; i < groups * COLUMNS * HEIGHT; i += PRODUCT_THREADS) {
-        const int height = i % HEIGHT, column = i / HEIGHT % COLUMNS,
-                  group = i / (HEIGHT * COLUMNS);
-        const int row = first_row + column;
-        const int tile = ((int)blockIdx.x * groups + group) * MT + height / KERNELS_TILE;
-        if (row >= rows || tile >= m.row_tiles) continue;
-        const float *from = partial + (group * slots * COLUMNS + column) * PITCH + height;
-        if (m.kind == KERNELS_GATE_UP) {
-            const int unit = height % KERNELS_TILE;
-            const int64_t f = (int64_t)tile * TILE_UNITS + unit;
-            if (unit >= TILE_UNITS || f >= m.rows) continue;
-            act[row * m.rows + f] = bf16_from_float(
-                product_swiglu(product_tree(from, COLUMNS * PITCH, slots),
-                               product_tree(from + TILE_UNITS, COLUMNS * PITCH, slots)));
-        } else {
-            const int64_t n = (int64_t)tile * KERNELS_TILE + height % KERNELS_TILE;
-            if (n >= m.rows) continue;
-            out[row * m.rows + n] = product_tree(from, COLUMNS * PITCH, slots);
-        }
-    }
+    product_finish<MT, NT>(m, split, rows, acc, present, partial, out, act);
 }
-
-template <int MT, int NT>
-struct product_shape {
-    enum { SHARED = WARPS * 8 * NT * (KERNELS_TILE * MT + ROW_PAD) * (int)sizeof(float) };
-};
 
 template <int MT, int NT, bool ALIGNED>
 static void launch(kernels_stream stream, const struct kernels_matrix *m,
                    struct product_split split, int rows, const bf16 *in, float *out, bf16 *act) {
-    const int groups = WARPS >> (split.part_log + split.piece_log);
+    const int groups = PRODUCT_WARPS >> (split.part_log + split.piece_log);
     const dim3 grid(blocks_of(m->row_tiles, groups * MT), blocks_of(rows, 8 * NT));
-    const int shared = product_shape<MT, NT>::SHARED;
+    const int shared = product_shared<MT, NT>::SHARED;
     KERNELS_LAUNCH((product_mma<MT, NT, ALIGNED>), grid, dim3(PRODUCT_THREADS), shared, stream, *m,
                    split, rows, in, out, act);
 }
 
 int product_setup(void) {
-    int error = KERNELS_SHARED_LIMIT((product_mma<2, 8, true>), (product_shape<2, 8>::SHARED));
+    int error = KERNELS_SHARED_LIMIT((product_mma<2, 8, true>), (product_shared<2, 8>::SHARED));
     if (error == 0)
-        error = KERNELS_SHARED_LIMIT((product_mma<1, 8, true>), (product_shape<1, 8>::SHARED));
+        error = KERNELS_SHARED_LIMIT((product_mma<1, 8, true>), (product_shared<1, 8>::SHARED));
     if (error == 0)
-        error = KERNELS_SHARED_LIMIT((product_mma<1, 8, false>), (product_shape<1, 8>::SHARED));
+        error = KERNELS_SHARED_LIMIT((product_mma<1, 8, false>), (product_shared<1, 8>::SHARED));
     return error;
-}
-
-/* One slab or few: fast mode cuts them further, deterministic mode gives the warps other rows. */
-static struct product_split split_of(enum kernels_mode mode, const struct kernels_matrix *m) {
-    struct product_split split = {0, 0};
-    while (1 << split.part_log < m->part_count) split.part_log++;
-    if (mode == KERNELS_FAST) split.piece_log = 3 - split.part_log;
-    return split;
 }
 
 static int run(kernels_stream stream, enum kernels_mode mode, int rows,
                const struct kernels_matrix *m, const bf16 *in, float *out, bf16 *act,
                void *workspace) {
     if (rows <= 0 || m->row_tiles == 0) return 0;
-    bool aligned = m->cols % 4 == 0;
-    for (int p = 0; p < m->part_count; p++) aligned = aligned && m->part_begin[p] % 4 == 0;
+    if (m->dtype == KERNELS_FP8) return fp8_run(stream, mode, rows, m, in, out, act, workspace);
+    const bool aligned = matrix_is_aligned(m);
     if (mode == KERNELS_FAST && rows <= GEMV_ROWS && m->col_tiles > 0 && matrix_is_dense(m))
         return gemv_run(stream, rows, m, in, out, act, workspace);
-    const struct product_split split = split_of(mode, m);
+    const struct product_split split = product_split_of(mode, m);
     if (!aligned)
         launch<1, 8, false>(stream, m, split, rows, in, out, act);
     else if (rows <= 8)

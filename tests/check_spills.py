@@ -11,7 +11,8 @@ import subprocess
 import sys
 import tempfile
 
-HOT = ["gemv", "product_mma", "attention", "add_norm", "heads_append", "candidates", "one_shot", "two_shot", "gather"]
+HOT = ["gemv", "product_mma", "gemv_fp8", "product_fp8", "attention", "add_norm", "heads_append", "candidates",
+       "one_shot", "two_shot", "gather"]
 
 
 def kernels_of(text):

@@ -62,7 +62,8 @@ enum { SHAPES = sizeof shapes / sizeof shapes[0] };
 static struct kernels_matrix matrix_make(const struct shape *s, enum kernels_kind kind,
                                          const float *a, const float *b) {
     struct kernels_matrix m;
-    CU_ASSERT_FATAL(kernels_matrix_shape(kind, s->rows, s->cols, s->slab_count, s->border, &m));
+    CU_ASSERT_FATAL(
+        kernels_matrix_shape(KERNELS_BF16, kind, s->rows, s->cols, s->slab_count, s->border, &m));
     m.data = zeroed(kernels_matrix_bytes(&m));
     for (int64_t r = 0, n; r < s->rows; r += n) {
         n = s->rows - r < 13 ? s->rows - r : 13;

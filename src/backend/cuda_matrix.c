@@ -28,8 +28,8 @@ enum status cuda_matrix_new(backend *b, const struct matrix_spec *spec, matrix *
     m->next = cuda->matrices; /* freed by close, whatever comes next */
     cuda->matrices = m;
     m->lookup_only = spec->lookup_only;
-    if (!kernels_matrix_shape(kinds[spec->kind], spec->rows, spec->cols, spec->slab_count,
-                              spec->slab_begin, &m->shape)) {
+    if (!kernels_matrix_shape(KERNELS_BF16, kinds[spec->kind], spec->rows, spec->cols,
+                              spec->slab_count, spec->slab_begin, &m->shape)) {
         return fail(STATUS_USAGE,
                     "the CUDA kernels take matrices of at most %d slabs a rank: use more ranks or "
                     "a smaller --slabs",
