@@ -24,6 +24,7 @@
 #include <stdint.h>
 
 #ifdef KERNELS_FIBRE
+#include "fibre/cuda_copies.h"
 #include "fibre/cuda_fibre.h"
 #else
 #include <cuda_runtime.h>
@@ -55,6 +56,14 @@ enum { WARP = 32 };
 #else
 #define KERNELS_SHARED_LIMIT(kernel, bytes) \
     ((int)cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes))
+#endif
+
+/* Blocks of a kernel that a multiprocessor holds at once. */
+#ifdef KERNELS_FIBRE
+#define KERNELS_BLOCKS_AN_SM(kernel, threads, shared, out) ((int)(*(out) = 2, 0))
+#else
+#define KERNELS_BLOCKS_AN_SM(kernel, threads, shared, out) \
+    ((int)cudaOccupancyMaxActiveBlocksPerMultiprocessor(out, kernel, threads, shared))
 #endif
 
 /* setup.cu: multiprocessors of the device; may a kernel start before the one ahead of it ends? */
@@ -152,6 +161,88 @@ static __device__ __forceinline__ void mma_bf16(float d[4], uint4 a, uint2 b) {
         "{%8, %9}, {%0, %1, %2, %3};"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
         : "r"(a.x), "r"(a.z), "r"(a.y), "r"(a.w), "r"(b.x), "r"(b.y));
+#endif
+}
+
+/* BYTES (4 or 16) from global to shared memory, or zeros, without waiting; both addresses are
+ * multiples of BYTES. The thread's copies since its last copies_commit form a group; after
+ * copies_wait<N> all its groups but the last N have arrived, for this thread: others need a barrier
+ * after it. */
+template <int BYTES>
+static __device__ __forceinline__ void copy_async(void *shared, const void *from, bool valid) {
+    static_assert(BYTES == 4 || BYTES == 16, "what cp.async copies");
+#ifdef KERNELS_FIBRE
+    fibre_copy_async(shared, from, BYTES, valid);
+#else
+    const uint32_t to = (uint32_t)__cvta_generic_to_shared(shared);
+    const uint32_t size = valid ? (uint32_t)BYTES : 0u;
+    if constexpr (BYTES == 16)
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(size)
+                     : "memory");
+    else
+        asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(from), "r"(size)
+                     : "memory");
+#endif
+}
+static __device__ __forceinline__ void copies_commit() {
+#ifdef KERNELS_FIBRE
+    fibre_copy_commit();
+#else
+    asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+template <int PENDING>
+static __device__ __forceinline__ void copies_wait() {
+#ifdef KERNELS_FIBRE
+    fibre_copy_wait(PENDING);
+#else
+    asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
+#endif
+}
+
+/* Four 8 x 8 matrices of 2-byte elements from shared memory (ldmatrix). Lane l gives the address of
+ * row l % 8 of matrix l / 8: 16 bytes, aligned to them. Lane 4 g + t gets of each matrix elements
+ * 2t, 2t + 1 of row g; transposed: of column g. A warp calls it together. */
+template <bool TRANSPOSED>
+static __device__ __forceinline__ uint4 load_matrices(const void *shared) {
+#ifdef KERNELS_FIBRE
+    return fibre_load_matrices(shared, TRANSPOSED);
+#else
+    const uint32_t from = (uint32_t)__cvta_generic_to_shared(shared);
+    uint4 v;
+    if constexpr (TRANSPOSED)
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                     : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                     : "r"(from)
+                     : "memory");
+    else
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                     : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                     : "r"(from)
+                     : "memory");
+    return v;
+#endif
+}
+
+/* Two floats rounded to bf16 (RNE): low in the lower half. */
+static __device__ __forceinline__ uint32_t bf16_pair(float low, float high) {
+#ifdef KERNELS_FIBRE
+    return (uint32_t)bf16_from_float(high) << 16 | bf16_from_float(low);
+#else
+    uint32_t pair;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+    return pair;
+#endif
+}
+
+/* 2^x to 2^-22 of it, 0 for x = -inf; one instruction. */
+static __device__ __forceinline__ float exp2_fast(float x) {
+#ifdef KERNELS_FIBRE
+    return exp2f(x);
+#else
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
 #endif
 }
 

@@ -2,7 +2,8 @@
  *
  * A warp per (row, head): the head lies in shared memory, its sum of squares goes over 16 lanes as
  * on the CPU, so equal inputs give equal bits. The pool is [layer][page][G] blocks of
- * [64 tokens][hd] keys, then as many values.
+ * [64 tokens][hd] keys, then as many values: bf16, or e4m3 of x / scale, rounded once and kept
+ * within +-448.
  */
 #include "kernels/kv.cuh"
 
@@ -10,7 +11,7 @@ enum { HEADS_WARPS = 4, HEADS_THREADS = HEADS_WARPS * WARP };
 
 extern "C" size_t kernels_kv_bytes(const struct kernels_kv *kv) {
     return (size_t)kv->layers * (size_t)kv->page_count * (size_t)kv->kv_heads * 2 *
-           KERNELS_PAGE_TOKENS * (size_t)kv->head_dim * sizeof(bf16);
+           KERNELS_PAGE_TOKENS * (size_t)kv->head_dim * (size_t)kv_element_bytes(*kv);
 }
 
 /* 1 / sqrt(mean of squares + eps): lane j < 16 takes x[j], x[j + 16], ...; then + 8, 4, 2, 1. */
@@ -69,9 +70,20 @@ static __global__ void __launch_bounds__(HEADS_THREADS)
     }
     const int32_t page = pages[place.page_begin + place.position / KERNELS_PAGE_TOKENS];
     const bool value = head >= H + G;
-    bf16 *to = kv_block(kv, spec.layer, page, (head - H) % G) +
-               ((value ? KERNELS_PAGE_TOKENS : 0) + place.position % KERNELS_PAGE_TOKENS) * hd;
-    for (int d = lane; d < hd; d += WARP) to[d] = bf16_from_float(x[d]);
+    const int kv_head = (head - H) % G;
+    const int at = ((value ? KERNELS_PAGE_TOKENS : 0) + place.position % KERNELS_PAGE_TOKENS) * hd;
+    unsigned char *block = kv_block(kv, spec.layer, page, kv_head);
+    if (kv.type == KERNELS_KV_FP8) {
+        const float scale = kv_scale(kv, spec.layer, kv_head, value);
+        for (int d = 4 * lane; d < hd; d += 4 * WARP) {
+            several<fp8, 4> out;
+            for (int i = 0; i < 4; i++) out.v[i] = fp8_from_float(x[d + i] / scale);
+            store_several<4>((fp8 *)block + at + d, out);
+        }
+    } else {
+        bf16 *to = (bf16 *)(void *)block + at;
+        for (int d = lane; d < hd; d += WARP) to[d] = bf16_from_float(x[d]);
+    }
 }
 
 extern "C" int kernels_heads_append(kernels_stream stream, int rows, const struct kernels_row *row,

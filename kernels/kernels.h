@@ -6,7 +6,8 @@
  * graph is made per batch bucket), everything that changes from step to step lies in device memory.
  *
  *   T rows, D hidden, H query heads, G kv heads, hd head dim, F ffn columns, V vocabulary rows: the
- *   rank's own. bf16 weights and activations, fp32 residual, sums, scores and partials; bf16 KV.
+ *   rank's own. bf16 weights and activations, fp32 residual, sums, scores and partials; KV in bf16
+ *   or fp8.
  *
  * Packed weights, one layout for all products and for the embedding (mma.sync m16n8k16 fragments):
  *
@@ -186,10 +187,14 @@ int kernels_gate_up(kernels_stream stream, enum kernels_mode mode, int rows,
 
 /* ---- attention (heads.cu, attention.cu) ---- */
 
-/* KV pool: [layer][page][G][keys then values][64 tokens][hd] bf16. */
+/* KV pool: [layer][page][G][keys then values][64 tokens][hd], bf16 or e4m3. An fp8 element stands for
+ * itself times the scale of its layer, kv head and kind; what is too large for it becomes +-448. */
+enum kernels_kv_type { KERNELS_KV_BF16, KERNELS_KV_FP8 };
 struct kernels_kv {
-    uint16_t *data;
+    void *data; /* kernels_kv_bytes, aligned to 16 */
     int32_t layers, page_count, kv_heads, head_dim;
+    enum kernels_kv_type type; /* FP8: hd is a multiple of 4; BF16: of 2 */
+    const float *scales;       /* FP8: [layer][G][key, value] device, or NULL: all 1 */
 };
 size_t kernels_kv_bytes(const struct kernels_kv *kv);
 
@@ -218,14 +223,23 @@ int kernels_heads_append(kernels_stream stream, int rows, const struct kernels_r
                          const int32_t *pages, struct kernels_heads spec, struct kernels_kv kv,
                          const float *raw, float *q);
 
+struct kernels_attention {
+    int32_t layer, heads;
+    int32_t tile_count, tile_heads_max; /* the largest head_count of a tile */
+    const struct kernels_tile *tiles;   /* [tile_count], device */
+    /* Host bounds of this step (of the bucket, when captured). context_max: position + 1 of any row.
+     * run_max: consecutive rows that are consecutive positions of one sequence; 1 takes the kernel
+     * for decode, more the one where such rows share a pass over the keys. Same bits. */
+    int32_t context_max, run_max;
+};
+/* For steps of up to `rows` rows that are all as long as context_max. */
 size_t kernels_attention_workspace_bytes(int rows, int tile_count, int head_dim, int context_max);
-/* o[T][H][hd] (bf16): causal attention over the pages. context_max: host bound on position + 1 of
- * any row (of the bucket, when captured); the workspace was sized for at least (rows, context_max)
- * or the kernel walks the splits of a row one after the other: same bits, less parallel. */
+/* o[T][H][hd] (bf16) = causal softmax(q k / sqrt hd) v over the pages, q rounded to bf16. A row's
+ * bits depend on its position and its sequence only. With less workspace than the step needs whole
+ * rows are divided among the blocks instead of splits of 256 tokens: same bits, less balanced. */
 int kernels_attention(kernels_stream stream, int rows, const struct kernels_row *row,
-                      const int32_t *pages, int layer, int heads, const struct kernels_tile *tiles,
-                      int tile_count, struct kernels_kv kv, int context_max, const float *q,
-                      uint16_t *o, void *workspace, size_t workspace_bytes);
+                      const int32_t *pages, struct kernels_attention spec, struct kernels_kv kv,
+                      const float *q, uint16_t *o, void *workspace, size_t workspace_bytes);
 
 /* ---- statistics and candidates (candidates.cu) ---- */
 

@@ -1,7 +1,7 @@
 /* l_kernels.c: the CUDA kernels, run on the CPU by the fibre emulation, against the CPU backend.
  *
  * Where a kernel does the CPU's operations in the CPU's order the bits must be equal (mixture,
- * heads, attention inside one split, candidates' lists, decisions); elsewhere a double reference
+ * candidates' lists, decisions); elsewhere a double reference
  * and the bounds of verification.md section 7 decide. Outputs have guards around them, the emulated
  * shared memory has its exact size. What this cannot show: a GPU's memory order, blocks that run at
  * once, the tensor core's own rounding, or speed. test_l_kernels_gpu is this very file against the
@@ -304,173 +304,6 @@ static void test_norms(void) {
     free(sum), free(x), free(weight);
 }
 
-/* ---- attention ---- */
-
-struct heads_case {
-    int H, G, hd;
-    bool bias, norm;
-    int segment_count;
-    struct {
-        int rows, position;
-    } segment[4];
-};
-/* ratios 1, 3, 4, 5, 7, 8 and 9 (two tiles), head dims down to 6, chunks, pages and splits begun
- * and ended anywhere */
-static const struct heads_case heads_cases[] = {
-    {5, 1, 128, true, false, 3, {{1, 0}, {1, 63}, {2, 126}}},
-    {8, 1, 128, false, true, 2, {{1, 255}, {3, 62}}},
-    {3, 3, 64, false, false, 2, {{4, 0}, {1, 64}}},
-    {14, 2, 64, true, true, 1, {{3, 100}}},
-    {3, 1, 80, true, false, 1, {{2, 191}}},
-    {9, 1, 6, false, true, 2, {{1, 5}, {2, 127}}},
-    {4, 1, 256, true, true, 1, {{2, 65}}},
-    {5, 1, 128, true, false, 2, {{1, 256}, {1, 300}}},
-    {8, 1, 32, false, false, 2, {{2, 511}, {1, 90}}},
-};
-enum { PAGES = 24, PAGE_LIST = 12, POSITIONS = 768, HEADS_T = 8 };
-
-/* The whole sequence of every segment up to its position is fed first, in chunks; then the segments
- * themselves. */
-static void heads_run(const struct heads_case *c, uint64_t seed) {
-    const int H = c->H, G = c->G, hd = c->hd, N = (H + 2 * G) * hd, D = HEADS_T;
-    backend *be = level_open(0, 1, HEADS_T);
-    CU_ASSERT_FATAL(be != NULL);
-    const struct matrix_spec spec = {
-        .kind = MATRIX_COLUMN, .dtype = BACKEND_BF16, .rows = N, .cols = D};
-    const struct kv_spec pool = {
-        .layers = 1, .kv_heads = G, .head_dim = hd, .page_count = PAGES, .dtype = BACKEND_BF16};
-    struct kernels_kv kv = {NULL, 1, PAGES, G, hd};
-    CU_ASSERT_FATAL(be->ops->kv_new(be, &pool) == STATUS_OK);
-    kv.data = guard_new(kernels_kv_bytes(&kv));
-    for (size_t i = 0; i < kernels_kv_bytes(&kv) / sizeof(bf16); i++) kv.data[i] = 0x7fc0; /* NaN */
-
-    float *bias = malloc(sizeof(float) * (size_t)N), *norm = malloc(sizeof(float) * 2 * (size_t)hd);
-    float *cosine = malloc(sizeof(float) * (size_t)(POSITIONS * (hd / 2) + 1)),
-          *sine = malloc(sizeof(float) * (size_t)(POSITIONS * (hd / 2) + 1));
-    awkward_fill(seed, bias, N);
-    awkward_fill(seed + 1, norm, 2 * hd);
-    for (int p = 0; p < POSITIONS; p++)
-        for (int i = 0; i < hd / 2; i++) {
-            const double angle = p * pow(10000.0, -2.0 * i / hd);
-            cosine[p * (hd / 2) + i] = (float)cos(angle);
-            sine[p * (hd / 2) + i] = (float)sin(angle);
-        }
-    int kv_of_head[32], tile_count = 0;
-    struct kernels_tile tiles[8];
-    for (int h = 0; h < H; h++) {
-        kv_of_head[h] = h * G / H;
-        struct kernels_tile *tile = tile_count ? &tiles[tile_count - 1] : NULL;
-        if (tile && tile->kv_head == kv_of_head[h] && tile->head_count < KERNELS_HEADS_TILE)
-            tile->head_count++;
-        else
-            tiles[tile_count++] = (struct kernels_tile){h, 1, kv_of_head[h]};
-    }
-    const struct kernels_heads heads = {.heads = H,
-                                        .bias = c->bias ? bias : NULL,
-                                        .q_norm = c->norm ? norm : NULL,
-                                        .k_norm = c->norm ? norm + hd : NULL,
-                                        .norm_eps = 1e-6f,
-                                        .rope_cos = cosine,
-                                        .rope_sin = sine};
-    const size_t workspace_bytes =
-        kernels_attention_workspace_bytes(HEADS_T, tile_count, hd, POSITIONS);
-    void *workspace = zeroed(workspace_bytes);
-    int32_t pages[4 * PAGE_LIST];
-    for (int i = 0; i < 4 * PAGE_LIST; i++)
-        pages[i] = (i * 7 + 3) % PAGES; /* 7 and 24 have no factor in common */
-
-    int done[4] = {0}, page_begin[4], used = 0;
-    for (int s = 0; s < c->segment_count; s++) { /* segments own disjoint pages */
-        page_begin[s] = used;
-        used += (c->segment[s].position + c->segment[s].rows + 63) / 64;
-    }
-    CU_ASSERT_FATAL(used <= PAGES);
-    float *raw = malloc(sizeof(float) * (size_t)(HEADS_T * N)),
-          *w = malloc(sizeof(float) * (size_t)(N * D));
-    const size_t q_floats = (size_t)(HEADS_T * H * hd);
-    float *q_want = malloc(sizeof(float) * q_floats), *q = guard_new(sizeof(float) * q_floats);
-    bf16 *o_want = malloc(sizeof(bf16) * q_floats), *o = guard_new(sizeof(bf16) * q_floats),
-         *o_walk = malloc(sizeof(bf16) * q_floats);
-    for (int round = 0;; round++) {
-        struct batch_segment segments[4];
-        struct kernels_row rows[HEADS_T];
-        int T = 0, count = 0, context_max = 0;
-        bool last = true;
-        for (int s = 0; s < c->segment_count; s++) last &= done[s] >= c->segment[s].position;
-        for (int s = 0; s < c->segment_count; s++) {
-            const int end = c->segment[s].position + (last ? c->segment[s].rows : 0);
-            int n = end - done[s];
-            if (n > HEADS_T - T) n = HEADS_T - T;
-            if (n <= 0) continue;
-            segments[count++] = (struct batch_segment){T, n, done[s], page_begin[s], PAGE_LIST};
-            for (int i = 0; i < n; i++)
-                rows[T + i] = (struct kernels_row){done[s] + i, page_begin[s]};
-            done[s] += n;
-            context_max = done[s] > context_max ? done[s] : context_max;
-            T += n;
-        }
-        /* activations are unit vectors, column r of the weights is row r of raw: the product is
-         * exact */
-        awkward_fill(seed + 100 + (uint64_t)round, raw, HEADS_T * N);
-        bf16 h[HEADS_T * HEADS_T] = {0};
-        for (int i = 0; i < HEADS_T; i++) h[i * D + i] = 0x3f80;
-        for (int i = 0; i < HEADS_T * N; i++) {
-            raw[i] = rounded(raw[i], BACKEND_BF16) + 0.0f;
-            w[i % N * D + i / N] = raw[i];
-        }
-        matrix *qkv = NULL;
-        CU_ASSERT_FATAL(be->ops->matrix_new(be, &spec, &qkv) == STATUS_OK);
-        be->ops->matrix_load(be, qkv, 0, 0, N, w);
-        const struct attention_spec attention = {
-            qkv, heads.bias, heads.q_norm, heads.k_norm, 1e-6f, H,
-            G,   hd,         kv_of_head,   cosine,       sine,  0};
-        const struct batch batch = {
-            .row_count = T, .segment_count = count, .segments = segments, .pages = pages};
-        be->ops->qkv(be, &batch, &attention, h, q_want);
-        LAUNCH(kernels_heads_append(NULL, T, rows, pages, heads, kv, raw, q));
-        if (!last) continue; /* only what the last round sees is compared */
-        const size_t n = (size_t)(T * H * hd);
-        CU_ASSERT(suite_equal_bytes("q", q, q_want, sizeof(float) * n));
-        be->ops->attention(be, &batch, &attention, q_want, BACKEND_BF16, o_want);
-        LAUNCH(kernels_attention(NULL, T, rows, pages, 0, H, tiles, tile_count, kv, context_max, q,
-                                 o, workspace, workspace_bytes));
-        LAUNCH(kernels_attention(NULL, T, rows, pages, 0, H, tiles, tile_count, kv, context_max, q,
-                                 o_walk, workspace, 0));
-        CU_ASSERT(
-            suite_equal_bytes("splits apart and one after the other", o, o_walk, sizeof(bf16) * n));
-        int far = 0;
-        for (int r = 0; r < T; r++)
-            for (int i = 0; i < H * hd; i++) {
-                const bf16 a = o[r * H * hd + i], b = o_want[r * H * hd + i];
-                const bool one_split = rows[r].position < KERNELS_SPLIT_TOKENS;
-                far += one_split ? a != b
-                                 : !(fabsf(bf16_to_float(a) - bf16_to_float(b)) <=
-                                     0x1p-8f * fabsf(bf16_to_float(b)) + 1e-5f);
-            }
-        CHECK_EQ(far, 0);
-        /* padding: no page touched, zeros out */
-        const struct kernels_row padding = {-1, 1 << 28};
-        LAUNCH(kernels_heads_append(NULL, 1, &padding, pages, heads, kv, raw, q));
-        LAUNCH(kernels_attention(NULL, 1, &padding, pages, 0, H, tiles, tile_count, kv, context_max,
-                                 q, o, workspace, workspace_bytes));
-        for (int i = 0; i < H * hd; i++) CU_ASSERT(q[i] == 0.0f && o[i] == 0);
-        break;
-    }
-    for (size_t i = 0; i < 64; i++) CHECK_EQ(((const uint32_t *)workspace)[i], 0); /* counters */
-    CU_ASSERT(guard_check(q, sizeof(float) * q_floats));
-    CU_ASSERT(guard_check(o, sizeof(bf16) * q_floats));
-    CU_ASSERT(guard_check(kv.data, kernels_kv_bytes(&kv)));
-    be->ops->close(be);
-    free(bias), free(norm), free(cosine), free(sine), free(raw), free(w), free(q_want),
-        free(o_want), free(o_walk);
-    free(workspace);
-}
-
-static void test_attention(void) {
-    for (size_t i = 0; i < sizeof heads_cases / sizeof heads_cases[0]; i++)
-        heads_run(&heads_cases[i], 1000 * i + 17);
-}
-
 /* ---- statistics and candidates ---- */
 
 enum { VOCAB = 3000, PROBES = 5, WATCH = 3 };
@@ -695,8 +528,6 @@ const struct suite_case suite_cases[] = {
     {"the tree over ranks: adjacent pairs, an odd one out moves up", test_rank_tree},
     {"the mixture has the CPU's bits, absent slabs and rows included", test_embed_mix},
     {"norms: the residual exactly, h within one bf16 step", test_norms},
-    {"heads and attention: the CPU's bits up to one split, every ratio, pages full of NaN around",
-     test_attention},
     {"candidates: lists, maxima and watched ids exactly, sums within bounds; z' of a row",
      test_candidates},
     {"the thinking step on merged records: state and decision of the host, byte for byte",

@@ -70,7 +70,7 @@ struct cuda {
     cudaEvent_t batch_sent;
     int kv_of_head[CUDA_HEADS_MAX], head_count; /* what tiles were made of */
     struct kernels_tile *tiles;                 /* device, [CUDA_HEADS_MAX] */
-    int tile_count;
+    int tile_count, tile_heads_max;
 
     int row_tiles_max;
     int64_t vocab_max;

@@ -8,10 +8,21 @@
 
 #include "backend/cuda.h"
 
-enum {
-    ATTENTION_ROWS = 64, /* rows whose splits run side by side; more walk theirs in turn */
-    ATTENTION_BYTES_MAX = 256 << 20, /* of the workspace */
-};
+enum { ATTENTION_BYTES_MAX = 256 << 20 }; /* of the workspace */
+
+/* Room for the splits of a step, when as many tokens as the pool has are read in splits; sharing of
+ * pages can ask for more, and then the kernel divides the work more coarsely. */
+static size_t workspace_bytes(const struct kv_spec *spec, int rows, int tiles) {
+    const int pages_a_split = KERNELS_SPLIT_TOKENS / KERNELS_PAGE_TOKENS;
+    const int64_t all = (int64_t)rows * (spec->positions_max / KERNELS_SPLIT_TOKENS + 1);
+    const int64_t of_pool = spec->page_count / pages_a_split + rows;
+    const int64_t splits = all < of_pool ? all : of_pool;
+    const size_t room = splits > INT32_MAX / tiles
+                            ? ATTENTION_BYTES_MAX
+                            : kernels_attention_workspace_bytes((int)splits, tiles, spec->head_dim,
+                                                                KERNELS_SPLIT_TOKENS);
+    return room < ATTENTION_BYTES_MAX ? room : ATTENTION_BYTES_MAX;
+}
 
 enum status cuda_kv_new(backend *b, const struct kv_spec *spec) {
     struct cuda *cuda = cuda_of(b);
@@ -40,11 +51,10 @@ enum status cuda_kv_new(backend *b, const struct kv_spec *spec) {
     const size_t width = (size_t)(spec->heads + 2 * spec->kv_heads) * (size_t)spec->head_dim;
     TRY(cuda_grow(cuda, &cuda->raw, sizeof(float) * (size_t)cuda->rows_max * width,
                   "queries, keys and values of a step"));
-    const int rows = cuda->rows_max < ATTENTION_ROWS ? cuda->rows_max : ATTENTION_ROWS;
-    size_t room =
-        kernels_attention_workspace_bytes(rows, spec->heads, spec->head_dim, spec->positions_max);
-    if (room > ATTENTION_BYTES_MAX) room = ATTENTION_BYTES_MAX;
-    return cuda_grow(cuda, &cuda->attention, room, "workspace of the attention");
+    /* query heads of a kv head may be cut by a rank's border: one tile more */
+    const int tiles = spec->heads / KERNELS_HEADS_TILE + spec->kv_heads + 1;
+    return cuda_grow(cuda, &cuda->attention, workspace_bytes(spec, cuda->rows_max, tiles),
+                     "workspace of the attention");
 }
 
 /* Runs of query heads that read one kv head; the same in every layer, so usually there is nothing
@@ -67,6 +77,9 @@ static void make_tiles(struct cuda *cuda, const struct attention_spec *spec) {
     memcpy(cuda->kv_of_head, spec->kv_of_head, bytes);
     cuda->head_count = spec->heads;
     cuda->tile_count = count;
+    cuda->tile_heads_max = 1;
+    for (int i = 0; i < count; i++)
+        if (tiles[i].head_count > cuda->tile_heads_max) cuda->tile_heads_max = tiles[i].head_count;
     cuda_must((int)cudaMemcpyAsync(cuda->tiles, tiles, sizeof *tiles * (size_t)count,
                                    cudaMemcpyHostToDevice, cuda->stream),
               "head tiles");
@@ -100,9 +113,18 @@ void cuda_attention(backend *b, const struct batch *batch, const struct attentio
     ASSERT(dtype == BACKEND_BF16);
     ASSERT_EQ(batch->row_count, cuda->batch.row_count);
     make_tiles(cuda, spec);
-    cuda_must(kernels_attention(cuda->stream, batch->row_count, cuda->batch.rows, cuda->batch.pages,
-                                spec->layer, spec->heads, cuda->tiles, cuda->tile_count, cuda->kv,
-                                cuda->batch.context_max, q, o, cuda->attention.data,
-                                cuda->attention.bytes),
-              "attention");
+    int run_max = 1;
+    for (int i = 0; i < batch->segment_count; i++)
+        if (batch->segments[i].row_count > run_max) run_max = batch->segments[i].row_count;
+    const struct kernels_attention attention = {.layer = spec->layer,
+                                                .heads = spec->heads,
+                                                .tile_count = cuda->tile_count,
+                                                .tile_heads_max = cuda->tile_heads_max,
+                                                .tiles = cuda->tiles,
+                                                .context_max = cuda->batch.context_max,
+                                                .run_max = run_max};
+    cuda_must(
+        kernels_attention(cuda->stream, batch->row_count, cuda->batch.rows, cuda->batch.pages,
+                          attention, cuda->kv, q, o, cuda->attention.data, cuda->attention.bytes),
+        "attention");
 }
