@@ -22,7 +22,7 @@ need_packages() {
 }
 
 build_packages=(build-essential cmake ninja-build pkg-config openmpi-bin libopenmpi-dev libjansson-dev
-    libpcre2-dev libutf8proc-dev libhwloc-dev libevent-dev libnghttp2-dev protobuf-c-compiler libprotobuf-c-dev
+    libpcre2-dev libutf8proc-dev libhwloc-dev libevent-dev libssl-dev libnghttp2-dev protobuf-c-compiler libprotobuf-c-dev
     python3 python3-jinja2)
 
 # mpirun as root, more ranks than cores, and no core binding: sfumato places its own threads.

@@ -70,6 +70,11 @@ struct row {
 #else
 #define NCCL "!"
 #endif
+#ifdef SFUMATO_WITH_TLS
+#define TLS NULL
+#else
+#define TLS "!"
+#endif
 static const struct row rows[PARAM_COUNT] = {
 #define X(kind, name, letter, flag, preset, range, commands, group, argument, field, help) \
     {KIND_##kind,   offsetof(struct params, name),                                         \

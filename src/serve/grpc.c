@@ -238,16 +238,19 @@ static enum status front_open(const struct front_site *site, void **state) {
     struct grpc *g = calloc(1, sizeof *g);
     if (!g) return fail(STATUS_MEMORY, "no memory for the gRPC front");
     g->site = *site;
+    enum status status = tls_open(p, "h2", &g->tls);
     const struct h2_options options = {.base = site->base,
                                        .host = p->host,
                                        .port = (int)p->grpc_port,
+                                       .tls = g->tls,
                                        .connections_max = (int)p->max_connections,
                                        .streams_max = STREAMS_MAX,
                                        .message_bytes_max = (size_t)p->max_body_bytes,
                                        .idle_seconds = IDLE_SECONDS};
     const struct h2_handler handler = {on_opened, on_received, on_closed};
-    const enum status status = h2_open(&options, &handler, g, &g->h2);
+    if (status == STATUS_OK) status = h2_open(&options, &handler, g, &g->h2);
     if (status != STATUS_OK) {
+        tls_close(g->tls);
         free(g);
         return status;
     }
@@ -264,6 +267,7 @@ static void front_close(void *state) {
     struct grpc *g = state;
     if (!g) return;
     h2_close(g->h2);
+    tls_close(g->tls);
     json_writer_fini(&g->scratch);
     free(g);
 }

@@ -61,6 +61,7 @@ struct rpc {
 
 struct grpc {
     struct front_site site;
+    struct tls *tls;
     h2 *h2;
     struct rpc *watches;
     struct json_writer scratch; /* one message being packed */

@@ -589,7 +589,7 @@ void h2_adopt(h2 *h, evutil_socket_t fd) {
     if (c->next) c->next->prev = c;
     h->connections = c;
     h->connection_count++;
-    c->wire = bufferevent_socket_new(h->options.base, fd, BEV_OPT_CLOSE_ON_FREE);
+    c->wire = tls_wire(h->options.tls, h->options.base, fd, BEV_OPT_CLOSE_ON_FREE);
     c->flush = event_new(h->options.base, -1, 0, on_flush, c);
     if (!c->wire) evutil_closesocket(fd);
     if (connection_start(c)) {

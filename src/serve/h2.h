@@ -1,4 +1,4 @@
-/* h2.h: gRPC calls over HTTP/2 without TLS: listener, connections, streams (serving.md §10 "Wire").
+/* h2.h: gRPC calls over HTTP/2, also over TLS: listener, connections, streams (serving.md §10 "Wire").
  *
  *   socket ─ bufferevent ─ nghttp2 ─► headers ─► opened
  *                                 └─► DATA ─ wire_in ─► received (one whole message)
@@ -23,6 +23,7 @@
 #include <stdint.h>
 
 #include "base/check.h"
+#include "serve/tls.h"
 
 typedef struct h2 h2;
 typedef struct h2_stream h2_stream;
@@ -53,7 +54,8 @@ enum h2_header {
 struct h2_options {
     struct event_base *base;
     const char *host;
-    int port; /* 0: any */
+    int port;        /* 0: any */
+    struct tls *tls; /* borrowed; NULL: plain */
     int connections_max, streams_max;
     size_t message_bytes_max;
     double idle_seconds; /* a connection without streams, a request that does not arrive */

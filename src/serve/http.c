@@ -77,7 +77,7 @@ static void on_fresh(evutil_socket_t fd, short what, void *user) {
 
 static struct bufferevent *on_accept(struct event_base *base, void *user) {
     struct http *h = user;
-    struct bufferevent *connection = bufferevent_socket_new(base, -1, 0);
+    struct bufferevent *connection = tls_wire(h->tls, base, -1, 0);
     if (!connection) return NULL;
     if (h->fresh_count == FRESH_MAX) on_fresh(-1, 0, h);
     h->fresh[h->fresh_count++] = connection;
@@ -395,6 +395,7 @@ static void http_close(void *state) {
         evconnlistener_free(h->listener);
     }
     if (h->on_fresh) event_free(h->on_fresh);
+    tls_close(h->tls);
     free(h->connections);
     free(h);
 }
@@ -410,6 +411,7 @@ static enum status http_open(const struct front_site *site, void **state) {
     h->connections = calloc((size_t)h->connection_max + OVER_MAX, sizeof *h->connections);
     h->sweep = event_new(site->base, -1, EV_PERSIST, on_sweep, h);
     h->on_fresh = event_new(site->base, -1, 0, on_fresh, h);
+    TRY_GOTO(tls_open(site->params, "http/1.1", &h->tls), out);
     TRY_GOTO(listen_at(h), out);
     struct evhttp *evhttp = evhttp_new(site->base);
     if (!evhttp || !h->connections || !h->sweep || !h->on_fresh ||

@@ -5,6 +5,7 @@
 #include <sys/types.h>
 
 #include "serve/http.h"
+#include "serve/tls.h"
 
 enum { OVER_MAX = 64, FRESH_MAX = 64 };
 
@@ -17,6 +18,7 @@ struct http {
     struct front_site site;
     struct evhttp *evhttp;
     struct evconnlistener *listener;
+    struct tls *tls;                /* NULL: plain */
     struct connection *connections; /* [connection_max + OVER_MAX], those beyond are too many */
     int connection_count, connection_max;
     struct bufferevent *fresh[FRESH_MAX]; /* accepted in this turn of the loop */

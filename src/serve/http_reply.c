@@ -146,7 +146,7 @@ static void send_gathered(struct exchange *x) {
     struct json_writer *out = &x->out;
     size_t sent = 0;
     if (x->http->gathering == x) x->http->gathering = NULL;
-    if (out->n > 0 && evbuffer_get_length(waiting) == 0) {
+    if (out->n > 0 && evbuffer_get_length(waiting) == 0 && !x->http->tls) {
         const ssize_t n = send(bufferevent_getfd(wire_of(x)), out->bytes, out->n, MSG_NOSIGNAL);
         if (n > 0) sent = (size_t)n; /* an error: libevent meets it again, and tells */
     }
@@ -163,7 +163,7 @@ void http_flush(void *state) {
  * machine): the reader is only slow if the socket still refuses. */
 static size_t unsent(struct exchange *x, size_t limit) {
     struct evbuffer *waiting = bufferevent_get_output(wire_of(x));
-    if (evbuffer_get_length(waiting) > limit) {
+    if (evbuffer_get_length(waiting) > limit && !x->http->tls) {
         evbuffer_unfreeze(waiting, 1); /* frozen so that nobody but libevent writes by accident */
         evbuffer_write(waiting, bufferevent_getfd(wire_of(x)));
         evbuffer_freeze(waiting, 1);

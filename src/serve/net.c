@@ -239,9 +239,9 @@ static void on_state(void *user, enum service_state state) {
     for (int i = 0; i < FRONT_COUNT; i++) {
         if (!n->fronts[i]) continue;
         const size_t at = strlen(where);
-        snprintf(where + at, sizeof where - at, "%s%s://%s%.100s%s:%d", i ? ", " : "",
-                 fronts[i]->name, bare_v6 ? "[" : "", n->params->host, bare_v6 ? "]" : "",
-                 fronts[i]->port(n->fronts[i]));
+        snprintf(where + at, sizeof where - at, "%s%s%s://%s%.100s%s:%d", i ? ", " : "",
+                 fronts[i]->name, n->params->ssl_certfile ? "s" : "", bare_v6 ? "[" : "",
+                 n->params->host, bare_v6 ? "]" : "", fronts[i]->port(n->fronts[i]));
     }
     log_info("serving %s at %s", service_model_name(n->service), where);
     notify_supervisor("READY=1");

@@ -287,7 +287,6 @@ def test_R15_bind_rule(tmp_path):
     empty.write_text("\n")
     only("--api-key-file", empty, words=("--api-key-file",))
     only("--api-key-file", tmp_path / "none", words=("none",))
-    only("--ssl-certfile", "x", words=("--ssl-certfile",))
     only("--host", "256.0.0.1", words=("--host",))
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
