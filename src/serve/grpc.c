@@ -152,15 +152,41 @@ void grpc_call_ended(void *user, call *c, const struct refused *why) {
 
 /* ---- streams ---- */
 
-static const struct grpc_method *find_method(const char *path) {
-    const struct grpc_method *const tables[] = {grpc_sfumato_methods, grpc_vllm_methods,
-                                                grpc_health_methods};
-    for (size_t t = 0; path && t < sizeof tables / sizeof *tables; t++) {
-        for (const struct grpc_method *m = tables[t]; m->path; m++) {
-            if (strcmp(m->path, path) == 0) return m;
+static const struct grpc_method *const tables[] = {grpc_sfumato_methods, grpc_vllm_methods,
+                                                   grpc_health_methods};
+enum { TABLE_COUNT = sizeof tables / sizeof *tables };
+
+/* *index: its place among all, which is one behind the last when there is no such method. */
+static const struct grpc_method *find_method(const char *path, int *index) {
+    *index = 0;
+    for (int t = 0; t < TABLE_COUNT; t++) {
+        for (const struct grpc_method *m = tables[t]; m->path; m++, ++*index) {
+            if (path && strcmp(m->path, path) == 0) return m;
         }
     }
     return NULL;
+}
+
+const char *grpc_methods(void) {
+    static char names[1024];
+    if (*names) return names;
+    for (int t = 0; t < TABLE_COUNT; t++) {
+        for (const struct grpc_method *m = tables[t]; m->path; m++) {
+            const size_t at = strlen(names);
+            snprintf(names + at, sizeof names - at, "%s|", m->path + 1);
+        }
+    }
+    return strcat(names, "other");
+}
+
+static void count(const struct rpc *r) {
+    static const int codes[] = {0, 1, 3, 4, 5, 7, 8, 12, 13, 14, 16}; /* of metrics.def */
+    enum { CODES = sizeof codes / sizeof *codes };
+    const int status = h2_stream_status(r->stream);
+    for (int i = 0; i < CODES; i++) {
+        if (codes[i] != status) continue;
+        metric_add(r->site->metrics, METRIC_grpc_requests, r->method_index * CODES + i, 1);
+    }
 }
 
 static bool may_enter(struct rpc *r) {
@@ -193,7 +219,7 @@ static void on_opened(void *user, h2_stream *s) {
     service_request_id(h2_stream_header(s, H2_REQUEST_ID), r->request_id);
     if (parent) service_trace_id(parent, r->trace_id);
     h2_stream_set_request_id(s, r->request_id);
-    r->method = find_method(path);
+    r->method = find_method(path, &r->method_index);
     if (r->method && r->method->public) return;
     if (may_enter(r) && !r->method) {
         grpc_end_unimplemented(r, "this server has no such method (see proto/)");
@@ -211,6 +237,7 @@ static void on_closed(void *user, h2_stream *s) {
     struct rpc *r = h2_stream_user(s);
     (void)user;
     if (!r) return;
+    count(r);
     drop_call(r, CALL_DISCONNECTED);
     if (r->render) render_cancel(r->render);
     grpc_health_forget(r);

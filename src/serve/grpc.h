@@ -10,5 +10,7 @@
 #include "serve/net.h"
 
 extern const struct front grpc_front;
+/* All methods and "other", joined by '|', for metrics_new. Static. */
+const char *grpc_methods(void);
 
 #endif

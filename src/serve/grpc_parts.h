@@ -44,7 +44,8 @@ struct rpc {
     struct grpc *front;
     struct front_site *site;
     h2_stream *stream;
-    const struct grpc_method *method;
+    const struct grpc_method *method; /* NULL: there is no such */
+    int method_index;                 /* of metrics */
     char request_id[SERVICE_ID_BYTES], trace_id[33];
     double timeout_seconds;        /* 0: none */
     call *call;                    /* NULL: none, or over */

@@ -238,6 +238,8 @@ void h2_stream_end(h2_stream *s, int grpc_status, const char *message) {
     touch(s->connection);
 }
 
+int h2_stream_status(const h2_stream *s) { return s->ended ? s->status : H2_CANCELLED; }
+
 /* Trailers would have to wait for the peer's window like the data before them. */
 void h2_stream_cut(h2_stream *s, int grpc_status, const char *message) {
     if (s->ended) return;
@@ -246,6 +248,7 @@ void h2_stream_cut(h2_stream *s, int grpc_status, const char *message) {
         return;
     }
     s->ended = s->reset = true;
+    s->status = grpc_status;
     evbuffer_drain(s->out, evbuffer_get_length(s->out));
     nghttp2_submit_rst_stream(s->connection->session, NGHTTP2_FLAG_NONE, s->id,
                               NGHTTP2_ENHANCE_YOUR_CALM);

@@ -30,6 +30,7 @@ typedef struct h2_stream h2_stream;
 
 enum { /* those of grpc-status that this layer says itself */
        H2_OK = 0,
+       H2_CANCELLED = 1,
        H2_INVALID_ARGUMENT = 3,
        H2_DEADLINE_EXCEEDED = 4,
        H2_RESOURCE_EXHAUSTED = 8,
@@ -89,6 +90,8 @@ void h2_stream_set_request_id(h2_stream *s, const char *id);
 /* Queues one message. Nothing happens once the stream has been ended. */
 void h2_stream_send(h2_stream *s, const void *bytes, size_t n);
 size_t h2_stream_unsent(const h2_stream *s);
+/* The grpc-status that was said, or, when the peer left before, that of CANCELLED. */
+int h2_stream_status(const h2_stream *s);
 /* Trailers after what is queued. message: UTF-8, may be NULL. */
 void h2_stream_end(h2_stream *s, int grpc_status, const char *message);
 /* For a peer that does not read: what is queued is dropped, and where messages went out before, the

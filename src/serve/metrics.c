@@ -90,9 +90,10 @@ static enum status expand(struct shape *shape, const char *spec, const char *pre
     const char *equals = strchr(spec, '='), *end = strchrnul(spec, ';');
     ASSERT(equals && equals < end);
     char *ranks = strncmp(equals + 1, "RANKS", 5) == 0 ? list_of_ranks(o->ranks) : NULL;
-    char *values = ranks ? ranks
-                   : strncmp(equals + 1, "HANDLERS", 8) == 0
-                       ? strdup(o->handlers)
+    char *values = ranks                                     ? ranks
+                   : strncmp(equals + 1, "HANDLERS", 8) == 0 ? strdup(o->handlers)
+                   : strncmp(equals + 1, "METHODS", 7) == 0
+                       ? strdup(o->methods)
                        : strndup(equals + 1, (size_t)(end - equals) - 1);
     enum status status = values ? STATUS_OK : fail(STATUS_MEMORY, "no memory for metrics");
     for (char *v = values, *next; v && status == STATUS_OK; v = next) {

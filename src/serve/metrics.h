@@ -30,6 +30,7 @@ struct metrics_options {
     const char *model_name;
     const char *prefix;   /* "sfumato:" */
     const char *handlers; /* label values of HTTP routes, joined by '|' */
+    const char *methods;  /* the same of gRPC */
     int ranks;
     bool vllm; /* also the rows marked so, as "vllm:" */
 };

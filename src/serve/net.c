@@ -304,6 +304,7 @@ enum status net_open(const struct params *params, int ranks, net **out) {
     const struct metrics_options options = {.model_name = "",
                                             .prefix = params->metrics_prefix,
                                             .handlers = http_handlers(),
+                                            .methods = grpc_methods(),
                                             .ranks = ranks,
                                             .vllm = params->metrics_compat == 1};
     TRY_GOTO(metrics_new(&options, &n->metrics), out);

@@ -9,6 +9,8 @@ import socket
 import subprocess
 import threading
 import time
+import urllib.error
+import urllib.request
 
 from places import BINARY, MPI, TINY
 
@@ -188,6 +190,26 @@ class Server:
             time.sleep(0.05)
         raise AssertionError(f"{held} sequences, {m['sfumato:kv_pages{state=' + chr(34) + 'used' + chr(34) + '}']} pages")
 
+    # --- for clients that bring their own HTTP ---
+
+    @property
+    def url(self):
+        return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def grpc(self):
+        """127.0.0.1:41235, when it was started with --grpc-port"""
+        return re.search(r"grpcs?://([^\s,]+)", self.text)[1]
+
+    def open(self, path, body=None, headers=None, method=None, timeout=60):
+        """The response object of urllib: status, headers, read(). A refusal is a response as well."""
+        data = None if body is None else json.dumps(body).encode()
+        given = {**({"Content-Type": "application/json"} if data is not None else {}), **(headers or {})}
+        try:
+            return urllib.request.urlopen(urllib.request.Request(self.url + path, data, given, method=method), timeout=timeout)
+        except urllib.error.HTTPError as response:
+            return response
+
     # --- the end ---
 
     def wait(self, timeout=30):
@@ -222,6 +244,13 @@ class Server:
             assert self.stop() == 0, self.lines
         else:
             self.kill()
+
+
+class BothServer(Server):
+    """Both protocols, without mpirun unless ranks are asked for."""
+
+    def __init__(self, *flags, ranks=0, **more):
+        super().__init__("--grpc-port", "0", *flags, ranks=ranks, **more)
 
 
 def joined(events, member="content", index=0):

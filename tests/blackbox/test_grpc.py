@@ -19,7 +19,7 @@ import time
 import pytest
 
 from conftest import BINARY, MPI, SOURCE, TINY, problems
-from serving import Server
+from served import BothServer as Server
 
 grpc = pytest.importorskip("grpc", reason="python3-grpcio is not installed: R14 is not checked")
 protoc = pytest.importorskip("grpc_tools.protoc", reason="python3-grpc-tools is not installed: R14 is not checked")
@@ -425,6 +425,34 @@ def test_vllm_small_methods(server, stubs, engine):
 
 
 # ---- access, health, drain: servers of their own ----
+
+
+def test_calls_are_counted(server, stubs, inference, channel):
+    def counted(method, code):
+        return server.metric(f'grpc_requests_total{{method="{method}",code="{code}"}}')
+
+    def grown(method, code, action):
+        before = counted(method, code)
+        action()
+        end = time.monotonic() + 10
+        while counted(method, code) == before and time.monotonic() < end:
+            time.sleep(0.02)
+        return counted(method, code) - before
+
+    request = stubs.sfumato.TokenizeRequest
+    assert grown("sfumato.v1.Inference/Tokenize", "OK", lambda: inference.Tokenize(request(prompt=b"x"))) == 1
+    assert grown("sfumato.v1.Inference/Tokenize", "INVALID_ARGUMENT",
+                 lambda: pytest.raises(grpc.RpcError, inference.Tokenize, request())) == 1
+    assert grown("other", "UNIMPLEMENTED", lambda: pytest.raises(grpc.RpcError, channel.unary_unary("/no.Such/Thing"), b"")) == 1
+
+    def look_and_leave():
+        watch = stubs.health_grpc.HealthStub(channel).Watch(stubs.health.HealthCheckRequest())
+        next(watch)
+        watch.cancel()
+
+    assert grown("grpc.health.v1.Health/Watch", "CANCELLED", look_and_leave) == 1
+    assert grown("grpc.health.v1.Health/Check", "OK",
+                 lambda: stubs.health_grpc.HealthStub(channel).Check(stubs.health.HealthCheckRequest())) == 1
 
 
 def test_keys(stubs):

@@ -13,7 +13,7 @@ import pytest
 
 from browser import Browser, find
 from conftest import SOURCE, generate
-from serving import Server
+from served import BothServer as Server
 
 pytestmark = pytest.mark.skipif(not find(), reason="no Chromium: apt-get install chromium-headless-shell")
 PAGE = SOURCE / "src" / "serve" / "page.html"

@@ -28,7 +28,7 @@ SERIES = {
     "step_seconds": "histogram", "ranks_alive": "gauge", "load_progress_ratio": "gauge",
     "weights_load_seconds": "gauge", "collective_timeouts_total": "counter", "requests_by_phase": "gauge",
     "kv_pages": "gauge", "memory_bytes": "gauge", "http_requests_total": "counter",
-    "http_request_duration_seconds": "histogram",
+    "http_request_duration_seconds": "histogram", "grpc_requests_total": "counter",
 }
 LABELS = {
     "request_success_total": {"finished_reason": {"stop", "length", "abort", "error"}},

@@ -42,7 +42,6 @@ class SecureServer(Server):
         self.wait_line("serving")
         line = next(l for l in self.lines if "serving" in l)
         self.port = int(re.search(r"https://127.0.0.1:(\d+)", line)[1])
-        self.grpc = re.search(r"grpcs://([^\s,]+)", line)
 
     def connect(self, timeout=60):
         return http.client.HTTPSConnection("127.0.0.1", self.port, timeout=timeout, context=self.context)
@@ -126,7 +125,7 @@ def test_alpn(server):
         with socket.create_connection(("127.0.0.1", port), timeout=10) as s, context.wrap_socket(s) as secure:
             return secure.selected_alpn_protocol()
 
-    grpc_port = int(server.grpc[1].rsplit(":", 1)[1])
+    grpc_port = int(server.grpc.rsplit(":", 1)[1])
     assert chosen(server.port, "h2", "http/1.1") == "http/1.1"
     assert chosen(grpc_port, "h2", "http/1.1") == "h2"
     with pytest.raises(ssl.SSLError):
@@ -145,11 +144,11 @@ def test_curl(server, files):
 def test_grpc(server, files):
     grpc = pytest.importorskip("grpc")
     credentials = grpc.ssl_channel_credentials(files[0][0].read_bytes())
-    with grpc.secure_channel(server.grpc[1].replace("127.0.0.1", "localhost"), credentials) as channel:
+    with grpc.secure_channel(server.grpc.replace("127.0.0.1", "localhost"), credentials) as channel:
         assert channel.unary_unary("/grpc.health.v1.Health/Check")(b"", timeout=20) == b"\x08\x01"
         request = b"\x12\x0a\x0a\x04user\x12\x02Hi"  # TokenizeRequest{messages{role, content}}
         assert channel.unary_unary("/sfumato.v1.Inference/Tokenize")(request, timeout=20)
-    with grpc.secure_channel(server.grpc[1], grpc.ssl_channel_credentials(files[1][0].read_bytes())) as channel:
+    with grpc.secure_channel(server.grpc, grpc.ssl_channel_credentials(files[1][0].read_bytes())) as channel:
         error = pytest.raises(grpc.RpcError, channel.unary_unary("/grpc.health.v1.Health/Check"), b"", timeout=20)
         assert error.value.code() == grpc.StatusCode.UNAVAILABLE
 

@@ -11,7 +11,7 @@ import pytest
 sys.path.append(str(pathlib.Path(__file__).resolve().parents[1] / "blackbox"))
 
 from places import TINY  # noqa: E402
-from serving import Server  # noqa: E402
+from served import BothServer as Server  # noqa: E402
 
 QUESTION = "Tom has 8 pens. Tom buys 4 more. Then Tom loses 2 pens. How many pens does Tom have now?"
 
