@@ -185,6 +185,16 @@ int kernels_gate_up(kernels_stream stream, enum kernels_mode mode, int rows,
                     const struct kernels_matrix *m, const uint16_t *in, uint16_t *act,
                     void *workspace);
 
+/* ---- plain rows for a library's products (unpack.cu) ---- */
+
+/* out[row_count][pitch] (bf16) = rows [row_begin, +row_count) of a packed matrix, K columns each.
+ * GATE_UP: so many gate rows, then so many up rows. */
+int kernels_unpack(kernels_stream stream, const struct kernels_matrix *m, int64_t row_begin,
+                   int64_t row_count, uint16_t *out, int64_t pitch);
+/* act[row][f] (bf16, rows `pitch` apart) = silu(gate) * up of gate_up[T][units gate, units up]. */
+int kernels_swiglu(kernels_stream stream, int rows, int64_t units, const float *gate_up,
+                   uint16_t *act, int64_t pitch);
+
 /* ---- attention (heads.cu, attention.cu) ---- */
 
 /* KV pool: [layer][page][G][keys then values][64 tokens][hd], bf16 or e4m3. An fp8 element stands for

@@ -8,7 +8,8 @@ set(own ${CMAKE_SOURCE_DIR}/src)
 file(GLOB cuda_backend CONFIGURE_DEPENDS ${own}/backend/cuda*.c)
 add_executable(sfumato_emulated ${own}/main.c ${own}/cmd/host.c ${own}/base/params.c ${own}/comm/comm.c
                ${own}/comm/comm_nccl.c ${cuda_backend} stub/cuda_stub.c)
-target_compile_definitions(sfumato_emulated PRIVATE _GNU_SOURCE SFUMATO_WITH_CUDA SFUMATO_WITH_NCCL)
+target_compile_definitions(sfumato_emulated PRIVATE _GNU_SOURCE SFUMATO_WITH_CUDA SFUMATO_WITH_NCCL
+                           SFUMATO_WITH_CUBLASLT)
 target_include_directories(sfumato_emulated BEFORE PRIVATE stub)
 # the archives' own copies of these files are not pulled in: their names are here already
 target_link_libraries(sfumato_emulated PRIVATE sf_kernels_fibre sf_cmd ${CMAKE_DL_LIBS})
@@ -18,6 +19,22 @@ add_library(nccl_stub SHARED stub/nccl_stub.c)
 target_compile_definitions(nccl_stub PRIVATE _GNU_SOURCE)
 set_target_properties(nccl_stub PROPERTIES OUTPUT_NAME nccl SOVERSION 2 C_VISIBILITY_PRESET default
                       LIBRARY_OUTPUT_DIRECTORY ${CMAKE_CURRENT_BINARY_DIR}/stub)
+
+# Refuses to start unless CUBLASLT_STUB=on: other tests shall not depend on what is installed here.
+add_library(cublaslt_stub SHARED stub/cublaslt_stub.c)
+target_compile_definitions(cublaslt_stub PRIVATE _GNU_SOURCE)
+set_target_properties(cublaslt_stub PROPERTIES OUTPUT_NAME cublasLt SOVERSION 13 C_VISIBILITY_PRESET default
+                      LIBRARY_OUTPUT_DIRECTORY ${CMAKE_CURRENT_BINARY_DIR}/stub)
+
+# The CUDA backend's products by that library, without the rest of the program.
+add_executable(test_emulated_lt emulated_lt.c ${cuda_backend} stub/cuda_stub.c)
+target_compile_definitions(test_emulated_lt PRIVATE _GNU_SOURCE SFUMATO_WITH_CUBLASLT)
+target_include_directories(test_emulated_lt BEFORE PRIVATE stub ${own})
+target_link_libraries(test_emulated_lt PRIVATE test_support sf_kernels_fibre sf_base PkgConfig::CUNIT ${CMAKE_DL_LIBS})
+set_target_properties(test_emulated_lt PROPERTIES LINKER_LANGUAGE CXX)
+add_test(NAME l_emulated_lt COMMAND test_emulated_lt)
+set_tests_properties(l_emulated_lt PROPERTIES TIMEOUT 240
+  ENVIRONMENT "${test_env};LD_LIBRARY_PATH=${CMAKE_CURRENT_BINARY_DIR}/stub;CUBLASLT_STUB=on")
 
 # emulated(NAME RANKS ARGUMENTS...): selftest of the emulated program. Slow: a fibre switch per thread and barrier.
 function(emulated name ranks)

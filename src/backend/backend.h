@@ -26,6 +26,9 @@ enum backend_isa { ISA_AUTO, ISA_SCALAR, ISA_AVX2, ISA_AVX512, ISA_AVX512BF16, I
 /* The numeric class decides bits: all levels of FMA agree with one another; DPBF16 has its own, and a GPU its own. */
 enum backend_numerics { NUMERICS_AUTO, NUMERICS_FMA, NUMERICS_DPBF16, NUMERICS_CUDA };
 
+/* Who makes products of many rows on a GPU: whoever is faster, our kernels, or cuBLASLt. */
+enum backend_gemm { GEMM_AUTO, GEMM_OWN, GEMM_LT };
+
 struct backend_config {
     enum backend_isa isa;           /* highest level to use */
     enum backend_numerics numerics; /* FMA: forces the class (after comm_agree_min) */
@@ -34,6 +37,7 @@ struct backend_config {
     int rows_max;                   /* T never exceeds it */
     int logit_rows_max, probes_max; /* per step */
     bool deterministic;             /* CUDA: sums in slab order; the CPU has no other */
+    enum backend_gemm gemm;         /* CUDA, not deterministic */
 };
 
 typedef struct backend backend;

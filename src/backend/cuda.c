@@ -139,6 +139,7 @@ static void cuda_close(backend *b) {
                                            &cuda->row_list,   &cuda->batch.device};
     for (size_t i = 0; i < sizeof buffers / sizeof *buffers; i++) cudaFree(buffers[i]->data);
     cuda_matrices_close(cuda);
+    cuda_lt_close(cuda);
     cudaFreeHost(cuda->batch.pinned);
     cudaFreeHost(cuda->records_pinned);
     if (cuda->batch_sent) cudaEventDestroy(cuda->batch_sent);
@@ -230,6 +231,7 @@ enum status cuda_open(const struct backend_config *config, backend **out) {
     cuda->logit_rows_max = config->logit_rows_max;
     cuda->probes_max = config->probes_max;
     TRY_GOTO(open_device(cuda, config), out);
+    TRY_GOTO(cuda_lt_open(cuda, config->gemm), out);
     TRY_GOTO(take_buffers(cuda), out);
     cuda->base.stream = cuda->stream;
     *out = &cuda->base;

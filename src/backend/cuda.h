@@ -4,6 +4,7 @@
  *   cuda_matrix.c   packed weights and their upload
  *   cuda_step.c     a step: the batch on the device, embedding, norms, answers
  *   cuda_attention.c, cuda_products.c    the other verbs over kernels/kernels.h
+ *   cuda_lt.c       products of many rows by cuBLASLt
  *   cuda_bench.c    what benchmarks ask
  *
  * One stream; a verb queues kernels and returns. The host waits in two places: `read` and
@@ -50,6 +51,8 @@ struct matrix {
     struct matrix *next;
 };
 
+struct cuda_lt; /* cuda_lt.c */
+
 struct cuda {
     struct backend base;
     cudaStream_t stream;
@@ -79,6 +82,7 @@ struct cuda {
     struct cuda_buffer records, whole_row, row_list;   /* answers; one row of logits; chosen rows */
     void *records_pinned;
     size_t records_pinned_bytes;
+    struct cuda_lt *lt; /* NULL: own kernels for all products */
     uint32_t *sink; /* device, one word: keeps benchmark reads alive */
 };
 
@@ -126,6 +130,15 @@ void cuda_attention(backend *b, const struct batch *batch, const struct attentio
 void cuda_row_matmul(backend *b, int rows, const matrix *w, const void *in, float *partial);
 void cuda_gate_up(backend *b, int rows, const matrix *w, const void *h, void *act);
 void cuda_logits(backend *b, int rows, const matrix *w, const void *h, float *logits);
+
+/* cuda_lt.c. open: looks for the library; tune: once all weights and the KV pool are there. */
+enum status cuda_lt_open(struct cuda *cuda, enum backend_gemm gemm);
+enum status cuda_lt_tune(struct cuda *cuda);
+void cuda_lt_close(struct cuda *cuda);
+/* As kernels_product (out fp32) or kernels_gate_up (out bf16). False: not a product for the library;
+ * our own kernel has to do it. */
+bool cuda_lt_product(struct cuda *cuda, int rows, const struct kernels_matrix *m, const void *in,
+                     void *out);
 
 /* cuda_bench.c */
 double cuda_seconds(void); /* a steady clock */

@@ -53,8 +53,9 @@ enum status cuda_kv_new(backend *b, const struct kv_spec *spec) {
                   "queries, keys and values of a step"));
     /* query heads of a kv head may be cut by a rank's border: one tile more */
     const int tiles = spec->heads / KERNELS_HEADS_TILE + spec->kv_heads + 1;
-    return cuda_grow(cuda, &cuda->attention, workspace_bytes(spec, cuda->rows_max, tiles),
-                     "workspace of the attention");
+    TRY(cuda_grow(cuda, &cuda->attention, workspace_bytes(spec, cuda->rows_max, tiles),
+                  "workspace of the attention"));
+    return cuda_lt_tune(cuda);
 }
 
 /* Runs of query heads that read one kv head; the same in every layer, so usually there is nothing

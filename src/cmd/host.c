@@ -179,6 +179,11 @@ static enum status check_options(struct host *h) {
         return fail(STATUS_USAGE, "--backend cpu-scalar contradicts --isa %s",
                     param_word(&h->params, PARAM_isa));
     }
+    if (h->params.gemm > 0 &&
+        (h->params.backend != BACKEND_IS_CUDA || (h->params.deterministic && h->params.gemm > 1))) {
+        return fail(STATUS_USAGE, "--gemm %s is for --backend cuda without --deterministic",
+                    param_word(&h->params, PARAM_gemm));
+    }
     if (h->params.backend == BACKEND_IS_CUDA &&
         (h->params.isa > 0 || h->params.numerics > 0 || h->params.threads > 0)) {
         return fail(STATUS_USAGE,
@@ -213,6 +218,7 @@ void host_plan_backend(struct host *h) {
         .logit_rows_max = h->model_options.logit_rows_max,
         .probes_max = engine_probes_max(&h->engine_options),
         .deterministic = p->deterministic,
+        .gemm = (enum backend_gemm)p->gemm,
     };
     config->numerics = (enum backend_numerics)comm_agree_min(h->comm, (int)cpu_numerics(config));
 }
