@@ -187,8 +187,8 @@ int kernels_gate_up(kernels_stream stream, enum kernels_mode mode, int rows,
 
 /* ---- plain rows for a library's products (unpack.cu) ---- */
 
-/* out[row_count][pitch] (bf16) = rows [row_begin, +row_count) of a packed matrix, K columns each.
- * GATE_UP: so many gate rows, then so many up rows. */
+/* out[row_count][pitch] (bf16) = rows [row_begin, +row_count) of a packed matrix, K columns each; an
+ * fp8 weight times its scale is rounded to bf16. GATE_UP: so many gate rows, then so many up rows. */
 int kernels_unpack(kernels_stream stream, const struct kernels_matrix *m, int64_t row_begin,
                    int64_t row_count, uint16_t *out, int64_t pitch);
 /* act[row][f] (bf16, rows `pitch` apart) = silu(gate) * up of gate_up[T][units gate, units up]. */

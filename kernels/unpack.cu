@@ -1,7 +1,7 @@
 /* unpack.cu: packed weights as plain rows, for a library that knows no fragments, and SwiGLU of its
  * fp32 results.
  *
- * A lane reads the 16 bytes of its fragment (kernels.h) and writes 8 of them to each of two rows; a
+ * A lane reads four inputs of two rows, 16 bytes of a fragment (kernels.h), and stores them apart; a
  * warp's stores fill 32 bytes of 16 rows. What is written is meant to be read from L2 at once: the
  * caller unpacks a piece of the matrix that fits there.
  */
@@ -32,6 +32,29 @@ static __device__ __forceinline__ void put_row(const struct kernels_matrix &m, i
         if (column + i < column_end) to[i] = v[i];
 }
 
+/* Four weights times their block's scale, rounded to bf16 (the one rounding that the other products
+ * with fp8 weights do not have). */
+static __device__ __forceinline__ uint2 scaled(uint2 w, float scale) {
+    return make_uint2(bf16_from_float(bf16_low(w.x) * scale) |
+                          (uint32_t)bf16_from_float(bf16_high(w.x) * scale) << 16,
+                      bf16_from_float(bf16_low(w.y) * scale) |
+                          (uint32_t)bf16_from_float(bf16_high(w.y) * scale) << 16);
+}
+
+/* Inputs [4 quad, +4) of rows `row` and row + 8 of a tile. */
+static __device__ __forceinline__ uint4 load_rows(const struct kernels_matrix &m, int64_t row_tile,
+                                                  int row, int64_t tile, int quad) {
+    if (m.dtype == KERNELS_BF16)
+        return load_stream((const uint4 *)m.data + (row_tile * m.col_tiles + tile) * WARP + row * 4 +
+                           quad);
+    const uint2 q = *(const uint2 *)((const fp8 *)m.data +
+                                     matrix_fp8_offset(&m, row_tile, row, tile, quad));
+    const float *scale =
+        matrix_scales(&m) + (row_tile * (m.col_tiles / FP8_TILES) + tile / FP8_TILES) * 2;
+    const uint2 low = scaled(fp8_to_bf16(q.x), scale[0]), high = scaled(fp8_to_bf16(q.y), scale[1]);
+    return make_uint4(low.x, low.y, high.x, high.y);
+}
+
 /* blockIdx.y: row tile from first_tile on; a warp takes a column tile. */
 static __global__ void __launch_bounds__(UNPACK_THREADS)
     unpack(const __grid_constant__ struct kernels_matrix m, int64_t first_tile, int64_t row_begin,
@@ -44,7 +67,7 @@ static __global__ void __launch_bounds__(UNPACK_THREADS)
     while (tile >= m.part_tile[p + 1]) p++;
     const int column = m.part_begin[p] + (tile - m.part_tile[p]) * KERNELS_TILE + lane % 4 * 4;
     const int64_t row_tile = first_tile + blockIdx.y;
-    const uint4 w = load_stream((const uint4 *)m.data + (row_tile * m.col_tiles + tile) * WARP + lane);
+    const uint4 w = load_rows(m, row_tile, lane / 4, tile, lane % 4);
     const int end = m.part_begin[p + 1];
     put_row(m, row_tile, lane / 4, row_begin, row_count, column, end, make_uint2(w.x, w.y), out, pitch);
     put_row(m, row_tile, lane / 4 + 8, row_begin, row_count, column, end, make_uint2(w.z, w.w), out,

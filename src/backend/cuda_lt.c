@@ -62,6 +62,7 @@ struct lt_choice {
 };
 /* Matrices of one kind and size. */
 struct lt_shape {
+    enum kernels_dtype dtype;
     enum kernels_kind kind;
     int64_t rows, cols, chunk; /* chunk: rows (GATE_UP: units) unpacked at a time */
     cublasLtMatrixLayout_t weights, in, out;
@@ -137,7 +138,8 @@ static int bucket_of(int rows) {
 static struct lt_shape *find_shape(struct cuda_lt *lt, const struct kernels_matrix *m) {
     for (int i = 0; i < lt->shape_count; i++) {
         struct lt_shape *s = &lt->shapes[i];
-        if (s->kind == m->kind && s->rows == m->rows && s->cols == m->cols) return s;
+        if (s->dtype == m->dtype && s->kind == m->kind && s->rows == m->rows && s->cols == m->cols)
+            return s;
     }
     return NULL;
 }
@@ -187,7 +189,8 @@ static double seconds_of(struct cuda *cuda, struct lt_shape *s, const cublasLtMa
     return (cuda_seconds() - begin) / REPEATS;
 }
 
-/* The first chunk of m as a matrix of its own: row tiles lie one after the other. */
+/* The first chunk of m as a matrix of its own: row tiles lie one after the other. (Of fp8 the scales
+ * do not: good enough to be timed.) */
 static struct kernels_matrix first_chunk(const struct kernels_matrix *m, int64_t chunk) {
     struct kernels_matrix part = *m;
     const int64_t tile_rows = m->kind == KERNELS_GATE_UP ? KERNELS_TILE / 2 : KERNELS_TILE;
@@ -236,7 +239,7 @@ static bool add_shape(struct cuda *cuda, const struct kernels_matrix *m) {
     const bool gated = m->kind == KERNELS_GATE_UP;
     if (lt->shape_count == SHAPES || m->rows == 0 || m->cols == 0) return false;
     struct lt_shape *s = &lt->shapes[lt->shape_count];
-    *s = (struct lt_shape){.kind = m->kind, .rows = m->rows, .cols = m->cols};
+    *s = (struct lt_shape){.dtype = m->dtype, .kind = m->kind, .rows = m->rows, .cols = m->cols};
     const int64_t height = gated ? 2 : 1; /* weight rows of a chunk's row */
     int64_t most = (int64_t)cuda_lt_scratch_bytes / (height * m->cols * 2);
     const int64_t results =
