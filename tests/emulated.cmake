@@ -8,8 +8,7 @@ set(own ${CMAKE_SOURCE_DIR}/src)
 file(GLOB cuda_backend CONFIGURE_DEPENDS ${own}/backend/cuda*.c)
 add_executable(sfumato_emulated ${own}/main.c ${own}/cmd/host.c ${own}/base/params.c ${own}/comm/comm.c
                ${own}/comm/comm_nccl.c ${cuda_backend} stub/cuda_stub.c)
-target_compile_definitions(sfumato_emulated PRIVATE _GNU_SOURCE SFUMATO_WITH_CUDA SFUMATO_WITH_NCCL
-                           SFUMATO_WITH_CUBLASLT)
+target_compile_definitions(sfumato_emulated PRIVATE _GNU_SOURCE SFUMATO_WITH_CUDA SFUMATO_WITH_NCCL)
 target_include_directories(sfumato_emulated BEFORE PRIVATE stub)
 # the archives' own copies of these files are not pulled in: their names are here already
 target_link_libraries(sfumato_emulated PRIVATE sf_kernels_fibre sf_cmd ${CMAKE_DL_LIBS})
@@ -25,6 +24,7 @@ add_library(cublaslt_stub SHARED stub/cublaslt_stub.c)
 target_compile_definitions(cublaslt_stub PRIVATE _GNU_SOURCE)
 set_target_properties(cublaslt_stub PROPERTIES OUTPUT_NAME cublasLt SOVERSION 13 C_VISIBILITY_PRESET default
                       LIBRARY_OUTPUT_DIRECTORY ${CMAKE_CURRENT_BINARY_DIR}/stub)
+target_compile_definitions(sfumato_emulated PRIVATE SFUMATO_WITH_CUBLASLT)
 
 # The CUDA backend's products by that library, without the rest of the program.
 add_executable(test_emulated_lt emulated_lt.c ${cuda_backend} stub/cuda_stub.c)
