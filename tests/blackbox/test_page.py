@@ -66,7 +66,7 @@ def test_policy_allows_exactly_the_embedded_parts(server):
     for tag in ("script", "style"):
         (text,) = re.findall(rf"<{tag}>(.*?)</{tag}>".encode(), body, re.S)
         assert rules[f"{tag}-src"] == f"'sha256-{base64.b64encode(hashlib.sha256(text).digest()).decode()}'"
-    assert not re.findall(rb"""(?:src|href|action)\s*=\s*["'](?!blob:)\w|@import|url\(|\sstyle=|\son\w+=["']""", body)
+    assert not re.findall(rb"""(?:src|href|action)\s*=\s*["'](?!blob:|data:image/svg)\w|@import|url\(|\sstyle=|\son\w+=["']""", body)
 
 
 def test_chat_shows_thinking_and_answer(server, page):
@@ -77,7 +77,8 @@ def test_chat_shows_thinking_and_answer(server, page):
                                                     "soft_thinking": {"return_trace": True}})
     choice = reply["choices"][0]
     steps = [r["text"] for r in choice["sfumato"]["trace"] if r["phase"] == "thinking"]
-    assert texts(page, ".steps span")[:-1] == steps[:-1]  # the last became "ended by the model"
+    assert texts(page, ".steps span")[:-1] == [s.lstrip(" ") or s for s in steps[:-1]]  # the last became "ended by the model"
+    assert page.run("document.querySelector('.steps').textContent").startswith("".join(steps[:-1]))
     assert texts(page, ".answer") == [choice["message"]["content"]]
     assert re.fullmatch(r"Thinking: \d+ steps, \d+ soft, ended by the model", texts(page, ".thought summary")[0])
     heat = page.run("[...document.querySelectorAll('.steps span')].map(e => getComputedStyle(e).backgroundColor)")
@@ -131,6 +132,10 @@ def test_cold_stop_is_marked(page):
     assert texts(page, ".steps .end") == ["ended by cold stop"]
     assert texts(page, ".curve .stop-label") == ["thinking ended by cold stop"]
     assert texts(page, ".thought summary") == ["Thinking: 9 steps, 8 soft, ended by cold stop"]
+    keep(page, "cold-stop")
+    outside = page.run("""(() => { const box = document.querySelector('.curve').getBoundingClientRect();
+        return [...document.querySelectorAll('.curve *')].filter(e => e.getBoundingClientRect().top < box.top - 1).length; })()""")
+    assert outside == 0  # a threshold above the scale stays inside
 
 
 def test_every_field_is_sent(page):
@@ -229,6 +234,9 @@ def test_narrow_screen(server, dark):
         wide = b.run("[...document.querySelectorAll('body *')].filter(e => e.checkVisibility() && "
                      "e.getBoundingClientRect().right > 401 && !e.closest('.curve')).map(e => e.tagName + '.' + e.className)")
         assert wide == [] and b.errors == []
+        assert b.run("document.getElementById('settings').contains(document.activeElement)")
+        b.key("Escape")  # they lie over the chat here
+        assert b.run("document.getElementById('settings').hidden && document.activeElement.id") == "toggle"
 
 
 def test_keyboard_alone(page):
