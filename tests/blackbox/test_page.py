@@ -134,7 +134,7 @@ def test_cold_stop_is_marked(page):
     assert texts(page, ".thought summary") == ["Thinking: 9 steps, 8 soft, ended by cold stop"]
     keep(page, "cold-stop")
     outside = page.run("""(() => { const box = document.querySelector('.curve').getBoundingClientRect();
-        return [...document.querySelectorAll('.curve *')].filter(e => e.getBoundingClientRect().top < box.top - 12).length; })()""")
+        return [...document.querySelectorAll('.curve :not([hidden])')].filter(e => e.getBoundingClientRect().top < box.top - 12).length; })()""")
     assert outside == 0  # a threshold above the scale stays inside
 
 
