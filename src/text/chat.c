@@ -101,6 +101,10 @@ void chat_close(chat *c) {
     free(c);
 }
 
+void chat_interrupt(chat *c) {
+    if (c->helper != NULL) chat_helper_interrupt(c->helper);
+}
+
 static enum status render_by_helper(chat *c, json_t *messages, bool add_generation_prompt,
                                     bool continue_final_message, json_t *kwargs, char **prompt,
                                     size_t *n) {

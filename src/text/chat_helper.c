@@ -17,9 +17,11 @@
 #include <poll.h>
 #include <signal.h>
 #include <spawn.h>
+#include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/eventfd.h>
 #include <sys/socket.h>
 #include <sys/wait.h>
 #include <time.h>
@@ -38,6 +40,7 @@ enum {
 struct chat_helper {
     pid_t pid; /* 0: not running */
     int fd;
+    int stop_fd; /* an eventfd: readable once interrupted */
 };
 
 static long long now_ms(void) {
@@ -91,26 +94,26 @@ static int spawn_python(const char *python, pid_t *pid, int child_fd) {
 
 /* --- lines in and out, before a deadline ----------------------------------------------------- */
 
-/* False: time is up or the socket failed. */
-static bool wait_for(int fd, short events, long long deadline_ms) {
+/* False: time is up, we are interrupted, or the socket failed. */
+static bool wait_for(const chat_helper *h, short events, long long deadline_ms) {
     for (;;) {
         const long long left = deadline_ms - now_ms();
         if (left <= 0) return false;
-        struct pollfd p = {.fd = fd, .events = events};
-        const int rc = poll(&p, 1, (int)left);
-        if (rc > 0) return true; /* hang-up too: the read or write will tell */
+        struct pollfd p[] = {{.fd = h->fd, .events = events}, {.fd = h->stop_fd, .events = POLLIN}};
+        const int rc = poll(p, 2, (int)left);
+        if (rc > 0) return p[1].revents == 0; /* hang-up too: the read or write will tell */
         if (rc < 0 && errno != EINTR) return false;
     }
 }
 
-static bool put_line(int fd, const char *bytes, size_t n, long long deadline_ms) {
+static bool put_line(const chat_helper *h, const char *bytes, size_t n, long long deadline_ms) {
     while (n > 0) {
-        const ssize_t sent = send(fd, bytes, n, MSG_NOSIGNAL | MSG_DONTWAIT);
+        const ssize_t sent = send(h->fd, bytes, n, MSG_NOSIGNAL | MSG_DONTWAIT);
         if (sent > 0) {
             bytes += sent;
             n -= (size_t)sent;
         } else if (sent < 0 && (errno == EAGAIN || errno == EINTR)) {
-            if (!wait_for(fd, POLLOUT, deadline_ms)) return false;
+            if (!wait_for(h, POLLOUT, deadline_ms)) return false;
         } else {
             return false;
         }
@@ -119,11 +122,11 @@ static bool put_line(int fd, const char *bytes, size_t n, long long deadline_ms)
 }
 
 /* Reads up to and with the newline; the protocol has nothing behind it. */
-static bool get_line(int fd, struct text_buffer *line, long long deadline_ms) {
+static bool get_line(const chat_helper *h, struct text_buffer *line, long long deadline_ms) {
     for (;;) {
         if (line->n > ANSWER_BYTES_MAX || text_reserve(line, 65536) != STATUS_OK) return false;
-        if (!wait_for(fd, POLLIN, deadline_ms)) return false;
-        const ssize_t got = recv(fd, line->bytes + line->n, 65536, MSG_DONTWAIT);
+        if (!wait_for(h, POLLIN, deadline_ms)) return false;
+        const ssize_t got = recv(h->fd, line->bytes + line->n, 65536, MSG_DONTWAIT);
         if (got == 0) return false;
         if (got < 0 && errno != EAGAIN && errno != EINTR) return false;
         if (got < 0) continue;
@@ -144,7 +147,7 @@ static bool helper_spawn_as(chat_helper *h, const char *python) {
     h->fd = ends[0];
     h->pid = rc == 0 ? pid : 0;
     struct text_buffer line = {0};
-    const bool ready = rc == 0 && get_line(h->fd, &line, now_ms() + START_SECONDS * 1000LL);
+    const bool ready = rc == 0 && get_line(h, &line, now_ms() + START_SECONDS * 1000LL);
     if (ready)
         log_debug("chat templates: helper process %d, %.*s", (int)h->pid, (int)line.n - 1,
                   line.bytes);
@@ -175,18 +178,29 @@ enum status chat_helper_start(chat_helper **out) {
     chat_helper *h = calloc(1, sizeof *h);
     if (h == NULL) return fail(STATUS_MEMORY, "no memory for the chat template helper");
     h->fd = -1;
+    h->stop_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+    if (h->stop_fd < 0) {
+        free(h);
+        return fail(STATUS_MEMORY, "no file descriptor for the chat template helper");
+    }
     if (helper_spawn(h)) {
         *out = h;
         return STATUS_OK;
     }
     log_debug("chat templates: no helper process (python3 with jinja2 is not there)");
-    free(h);
+    chat_helper_stop(h);
     return STATUS_OK;
+}
+
+void chat_helper_interrupt(chat_helper *h) {
+    const uint64_t one = 1;
+    (void)!write(h->stop_fd, &one, sizeof one);
 }
 
 void chat_helper_stop(chat_helper *h) {
     if (h == NULL) return;
     helper_kill(h);
+    close(h->stop_fd);
     free(h);
 }
 
@@ -203,7 +217,7 @@ enum status chat_helper_ask(chat_helper *h, const json_t *request, json_t **answ
     const size_t n = strlen(text);
     text[n] = '\n'; /* in the terminator's place: the length is known */
     const long long deadline_ms = now_ms() + CHAT_RENDER_SECONDS * 1000LL;
-    if (!put_line(h->fd, text, n + 1, deadline_ms) || !get_line(h->fd, &line, deadline_ms)) {
+    if (!put_line(h, text, n + 1, deadline_ms) || !get_line(h, &line, deadline_ms)) {
         const bool late = now_ms() >= deadline_ms;
         helper_kill(h);
         status = late ? fail(STATUS_REQUEST, "the chat template took more than %d seconds",
