@@ -25,11 +25,13 @@ static bool is_word(const json_t *value, const char *word) {
     return json_is_string(value) && strcmp(json_string_value(value), word) == 0;
 }
 
+/* vLLM's names for structured outputs. */
+static bool is_guided(const char *key) { return strncmp(key, "guided_", 7) == 0; }
+
 static enum status refuse_unsupported(const struct body_facts *facts, const json_t *root) {
-    static const char *const never[] = {"functions",    "structured_outputs", "guided_json",
-                                        "guided_regex", "guided_choice",      "guided_grammar",
-                                        "suffix",       "prompt_logprobs",    "prompt_embeds",
-                                        "audio",        "prediction"};
+    static const char *const never[] = {"functions",       "structured_outputs", "suffix",
+                                        "prompt_logprobs", "prompt_embeds",      "audio",
+                                        "prediction"};
     const json_t *tools = field_get(root, "tools"), *format = field_get(root, "response_format");
     if (json_array_size(tools) > 0 && !is_word(field_get(root, "tool_choice"), "none")) {
         return not_offered("tools", "only with tool_choice none");
@@ -40,7 +42,12 @@ static enum status refuse_unsupported(const struct body_facts *facts, const json
     }
     for (size_t i = 0; i < sizeof never / sizeof *never; i++) {
         const json_t *value = field_get(root, never[i]);
-        if (value && !json_is_false(value)) return not_offered(never[i], "");
+        if (value && !json_is_false(value) && !is_word(value, "")) return not_offered(never[i], "");
+    }
+    const char *key;
+    json_t *value;
+    json_object_foreach((json_t *)root, key, value) {
+        if (is_guided(key) && !json_is_null(value)) return not_offered(key, "");
     }
     if (json_is_true(field_get(root, "use_beam_search"))) return not_offered("use_beam_search", "");
     const json_t *best_of = field_get(root, "best_of"), *n = field_get(root, "n");
@@ -121,11 +128,7 @@ static void warn_unknown(const json_t *root) {
                                         "prediction",
                                         "audio",
                                         "prompt_logprobs",
-                                        "prompt_embeds",
-                                        "guided_json",
-                                        "guided_regex",
-                                        "guided_choice",
-                                        "guided_grammar"};
+                                        "prompt_embeds"};
     enum { SAID_MAX = 64, SAID_BYTES = 64 };
     static char said[SAID_MAX][SAID_BYTES];
     static int said_count;
@@ -134,7 +137,7 @@ static void warn_unknown(const json_t *root) {
     json_object_foreach((json_t *)root, key, value) {
         size_t i = 0;
         while (i < sizeof known / sizeof *known && strcmp(known[i], key) != 0) i++;
-        if (i < sizeof known / sizeof *known || said_count == SAID_MAX) continue;
+        if (i < sizeof known / sizeof *known || is_guided(key) || said_count == SAID_MAX) continue;
         char name[SAID_BYTES]; /* a client's bytes, made fit for a terminal */
         size_t n = 0;
         for (const char *c = key; *c && n + 1 < sizeof name; c++) {

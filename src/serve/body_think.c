@@ -182,6 +182,8 @@ static enum status normalised_block(const struct body_facts *facts, const json_t
         if (value) TRY_GOTO(put(block, NULL, shared[i], json_incref(value), shared[i]), out);
     }
     json_t *budget = field_get(root, "thinking_token_budget");
+    double checked; /* an error names the field that was sent */
+    TRY_GOTO(field_row(root, "", "thinking_token_budget", "budget", &checked, NULL), out);
     if (budget)
         TRY_GOTO(put(block, NULL, "budget", json_incref(budget), "thinking_token_budget"), out);
     *out = block;

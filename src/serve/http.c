@@ -342,6 +342,9 @@ static void on_request(struct evhttp_request *request, void *user) {
     x->head = method == EVHTTP_REQ_HEAD;
     x->path = uri ? evhttp_uri_get_path(uri) : NULL;
     if (!x->path || !*x->path) x->path = "/";
+    /* libevent takes "//a/health" for a host and a path; a proxy's rule for paths did not */
+    const char *target = evhttp_request_get_uri(request);
+    if (target && strncmp(target, "//", 2) == 0) x->path = target;
     x->query = uri ? evhttp_uri_get_query(uri) : NULL;
     x->route = find_route(x->path);
     service_request_id(http_find(x, "X-Request-Id"), x->request_id);
