@@ -1,18 +1,19 @@
 # sfumato_emulated: the whole program with --backend cuda and --comm nccl on a machine without a GPU. The
 # kernels run on the fibre emulation, the CUDA runtime and NCCL are stubs (stub/); everything between,
-# backend/cuda*.c, comm_device.c, comm_nccl.c and the engine on them, is the product's own source.
+# backend/cuda*.c, comm_{device,nccl,fused,gpu}.c and the engine on them, is the product's own source. Ranks map one
+# another's "device memory" by the stub's IPC handles.
 if(NOT TARGET sf_kernels_fibre OR NOT TARGET sf_cmd)
   return()
 endif()
 set(own ${CMAKE_SOURCE_DIR}/src)
 file(GLOB cuda_backend CONFIGURE_DEPENDS ${own}/backend/cuda*.c)
 add_executable(sfumato_emulated ${own}/main.c ${own}/cmd/host.c ${own}/base/params.c ${own}/comm/comm.c
-               ${own}/comm/comm_nccl.c ${cuda_backend} stub/cuda_stub.c)
+               ${own}/comm/comm_nccl.c ${own}/comm/comm_fused.c ${own}/comm/comm_gpu.c ${cuda_backend} stub/cuda_stub.c)
 target_compile_definitions(sfumato_emulated PRIVATE _GNU_SOURCE SFUMATO_WITH_CUDA SFUMATO_WITH_NCCL)
 target_include_directories(sfumato_emulated BEFORE PRIVATE stub)
 # the archives' own copies of these files are not pulled in: their names are here already
 target_link_libraries(sfumato_emulated PRIVATE sf_kernels_fibre sf_cmd ${CMAKE_DL_LIBS})
-set_target_properties(sfumato_emulated PROPERTIES LINKER_LANGUAGE CXX)
+set_target_properties(sfumato_emulated PROPERTIES LINKER_LANGUAGE CXX ENABLE_EXPORTS ON)
 
 add_library(nccl_stub SHARED stub/nccl_stub.c)
 target_compile_definitions(nccl_stub PRIVATE _GNU_SOURCE)
@@ -47,8 +48,9 @@ endfunction()
 if(NOT SFUMATO_ASAN)
   emulated(verbs 1 verbs)
   emulated(verbs_exact 1 verbs --deterministic)
-  emulated(comm_staged 2 comm)
+  emulated(comm_staged 2 comm --comm mpi)
   emulated(comm_nccl 2 comm --comm nccl)
   emulated(comm_nccl_tree 3 comm --comm nccl --deterministic)
-  emulated(model_nccl_tree 2 model --comm nccl --deterministic)
+  emulated(comm_fused 3 comm --comm fused)
+  emulated(model_fused 2 model --comm fused --deterministic)
 endif()

@@ -54,6 +54,7 @@ enum status comm_open_alone(comm **out) {
 
 void comm_close(comm *c) {
     if (!c) return;
+    if (c->sums && c->sums->watch) c->config.device->watch = NULL;
     if (c->sums) c->sums->close(c);
     if (c->path) c->path->close(c);
     c->job->close(c);
@@ -138,12 +139,52 @@ int comm_agree_min(comm *c, int value) {
 
 void comm_share(comm *c, void *bytes, size_t n) { c->job->share(c, 0, bytes, n); }
 
-/* Which way device memory is summed. auto: through the host, until NCCL has been measured (README). */
-static enum status setup_device(comm *c) {
+#ifdef SFUMATO_WITH_CUDA
+/* Our own kernels where they pass their test, else NCCL, else through the host; the log says why. */
+static enum status setup_auto(comm *c) {
+    if (c->size == 1) return comm_device_setup(c);
+    if (comm_fused_setup(c) == STATUS_OK) {
+        if (c->rank == 0) log_info("sums over ranks: fused; its self-test passed");
+        return STATUS_OK;
+    }
+    if (c->rank == 0) log_info("sums over ranks: not fused: %s", fail_text());
 #ifdef SFUMATO_WITH_NCCL
-    if (c->config.kind == COMM_NCCL) return comm_nccl_setup(c);
+    if (comm_nccl_setup(c) == STATUS_OK) {
+        if (c->rank == 0) log_info("sums over ranks: NCCL");
+        return STATUS_OK;
+    }
+    if (c->rank == 0) log_info("sums over ranks: not NCCL: %s", fail_text());
 #endif
+    if (c->rank == 0) log_info("sums over ranks: through the host");
     return comm_device_setup(c);
+}
+#endif
+
+/* Which way device memory is summed. */
+static enum status setup_device(comm *c) {
+    enum status status;
+    switch (c->config.kind) {
+#ifdef SFUMATO_WITH_NCCL
+        case COMM_NCCL:
+            status = comm_nccl_setup(c);
+            break;
+#endif
+#ifdef SFUMATO_WITH_CUDA
+        case COMM_FUSED:
+            status = comm_fused_setup(c);
+            break;
+        case COMM_AUTO:
+            status = setup_auto(c);
+            break;
+#endif
+        default:
+            status = comm_device_setup(c);
+    }
+    if (status == STATUS_OK && c->sums->watch) {
+        c->config.device->watch = c->sums->watch;
+        c->config.device->watch_user = c;
+    }
+    return status;
 }
 
 enum status comm_setup(comm *c, const struct comm_config *config) {
@@ -152,12 +193,10 @@ enum status comm_setup(comm *c, const struct comm_config *config) {
     const uint64_t sizes[] = {config->slot_floats, config->bcast_bytes_max,
                               config->gather_bytes_max, (uint64_t)config->kind};
     TRY(comm_agree_equal(c, "communication sizes", sizes, sizeof sizes));
-    if (config->kind == COMM_FUSED) {
-        return fail(STATUS_USAGE, "--comm fused is not in this program: use --comm auto");
-    }
-    if (config->kind == COMM_NCCL && !config->device) {
+    if ((config->kind == COMM_NCCL || config->kind == COMM_FUSED) && !config->device) {
         return fail(STATUS_USAGE,
-                    "--comm nccl needs the CUDA backend: use --comm auto, or --backend cuda");
+                    "--comm %s needs the CUDA backend: use --comm auto, or --backend cuda",
+                    config->kind == COMM_NCCL ? "nccl" : "fused");
     }
     enum status status = c->job->setup(c);
     if (status == STATUS_OK && config->device) status = setup_device(c);
@@ -205,6 +244,12 @@ void comm_all_reduce(comm *c, size_t count, float *sum) {
 }
 
 void comm_all_reduce_norm(comm *c, backend *be, const struct comm_norm *n, float *sum) {
+    ASSERT_LE((size_t)n->rows * (size_t)n->hidden, c->config.slot_floats);
+    if (c->sums && c->sums->all_reduce_norm && c->sums->all_reduce_norm(c, n)) {
+        stand_in(c, true);
+        c->times.all_reduce_count++;
+        return;
+    }
     comm_all_reduce(c, (size_t)n->rows * (size_t)n->hidden, sum);
     be->ops->add_norm(be, n->rows, n->hidden, n->first, n->scale, sum, n->x, n->weight, n->eps,
                       n->dtype, n->h);
@@ -226,7 +271,20 @@ void comm_all_gather(comm *c, const void *mine, size_t n, void *all) {
 
 bool comm_capturable(const comm *c) { return c->sums && c->sums->capturable(c); }
 
+int comm_way_count(const comm *c) { return c->sums ? c->sums->way_count : 0; }
+const char *comm_way_name(const comm *c, int way) { return c->sums->way_names[way]; }
+bool comm_way_fits(const comm *c, int way, size_t count) {
+    return c->sums->way_fits(c, way, count);
+}
+void comm_use_way(comm *c, int way) { c->sums->use_way(c, way); }
+
+/* Nothing a failed device has computed may reach the other ranks. */
+static void check_sums(comm *c) {
+    if (c->sums && c->sums->check) c->sums->check(c);
+}
+
 size_t comm_bcast(comm *c, const void *mine, size_t n, const void **bytes) {
+    check_sums(c);
     if (c->rank == 0) ASSERT_LE(n, c->config.bcast_bytes_max);
     return c->path->bcast(c, mine, n, bytes);
 }
@@ -234,6 +292,7 @@ size_t comm_bcast(comm *c, const void *mine, size_t n, const void **bytes) {
 const void *comm_gather(comm *c, const void *mine, size_t n) {
     ASSERT_LE(n, c->config.gather_bytes_max);
     stand_in(c, false);
+    check_sums(c);
     return c->path->gather(c, mine, n);
 }
 
@@ -248,6 +307,7 @@ void comm_on_abort(comm *c, void (*hook)(void *user, int exit_code, const char *
  * come speaks; without one, higher ranks leave the lower ones time to end them. */
 _Noreturn void comm_abort(comm *c, int exit_code, const char *text) {
     enum { GRACE_SECONDS = 2, TURN_US = 50 * 1000 };
+    if (c->sums && c->sums->abort) c->sums->abort(c);
     if (c->abort_hook) c->abort_hook(c->abort_user, exit_code, text);
     if (c->path && c->path->abort_claim) {
         if (c->path->abort_claim(c)) {

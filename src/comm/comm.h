@@ -96,6 +96,14 @@ void comm_all_reduce_norm(comm *c, backend *be, const struct comm_norm *norm, fl
  * the exchange is in order with its verbs. Not between filling the slot and its sum. */
 void comm_all_gather(comm *c, const void *mine, size_t n, void *all);
 
+/* Ways in which this path can make a sum, for measuring: their number (0: only one) and names. A path
+ * that has several chooses by size; comm_use_way makes it take one where it can. */
+enum { COMM_WAY_BY_SIZE = -1 };
+int comm_way_count(const comm *c);
+const char *comm_way_name(const comm *c, int way);
+bool comm_way_fits(const comm *c, int way, size_t count);
+void comm_use_way(comm *c, int way);
+
 /* May sums and gathers of device memory be captured into a graph? Not where they pass the host. */
 bool comm_capturable(const comm *c);
 

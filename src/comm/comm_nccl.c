@@ -9,7 +9,12 @@
  * gone shows as an asynchronous error or as a deadline, and then the whole job ends (code 5, 6 for a
  * deadline) with this rank's name instead of waiting for ever inside a kernel that never returns.
  *
- * Not here: symmetric windows, graphs, the fused all-reduce of gpu.md §8.2.
+ * Where the library has symmetric windows (ncclCommWindowRegister, 2.27 on) slot and gathered
+ * partials lie in one each: NCCL then reads and writes the peers' memory itself. A sum is made in
+ * place, in the slot, and what follows reads it there.
+ *
+ * One GPU a rank. NCCL before 2.30 refuses two ranks on one; later ones allow it for tests
+ * (NCCL_MULTI_RANK_GPU_ENABLE=1).
  *
  * Thread: engine. Memory: a slot on the device; in tree order also [R][slot]. mpi.h stays out.
  */
@@ -41,6 +46,14 @@ static const char library_name[] = "libnccl.so.2";
     X(ncclGetErrorString)     \
     X(ncclGetLastError)
 
+/* Of later libraries; all of them or none. Their types are told here: nccl.h may be older. */
+typedef ncclResult_t mem_alloc(void **out, size_t bytes);
+typedef ncclResult_t mem_free(void *memory);
+typedef ncclResult_t window_register(ncclComm_t comm, void *memory, size_t bytes, void **window,
+                                     int flags);
+typedef ncclResult_t window_deregister(ncclComm_t comm, void *window);
+enum { WINDOW_SYMMETRIC = 1, WINDOW_ALIGN = 4096, WINDOWS = 2, SHARED_GPU_VERSION = 23000 };
+
 struct nccl {
     void *library;
     struct {
@@ -48,6 +61,14 @@ struct nccl {
         NCCL_CALLS(X)
 #undef X
     } lib;
+    mem_alloc *mem_alloc;
+    mem_free *mem_free;
+    window_register *window_register;
+    window_deregister *window_deregister;
+    struct window {
+        void *memory, *handle;
+        size_t bytes;
+    } windows[WINDOWS]; /* empty without windows */
     ncclComm_t comm;
     float *slot, *gathered; /* device; gathered: NULL unless sums are in tree order */
     uint64_t number;        /* operations so far */
@@ -107,7 +128,8 @@ static float *nccl_slot(comm *c) {
     return n->slot;
 }
 
-static void nccl_all_reduce(comm *c, size_t count, float *sum) {
+/* sum: the slot itself, or elsewhere. */
+static void sum_into(comm *c, size_t count, float *sum) {
     struct nccl *n = c->sums_state;
     backend *be = c->config.device;
     n->number++;
@@ -118,6 +140,23 @@ static void nccl_all_reduce(comm *c, size_t count, float *sum) {
     }
     must(c, n->lib.ncclAllGather(n->slot, n->gathered, count, ncclFloat32, n->comm, be->stream));
     be->ops->tree_sum(be, n->gathered, c->size, count, sum);
+}
+
+static void nccl_all_reduce(comm *c, size_t count, float *sum) {
+    const struct nccl *n = c->sums_state;
+    backend *be = c->config.device;
+    const bool in_place = n->windows[0].memory && !n->gathered; /* sum lies in no window */
+    sum_into(c, count, in_place ? n->slot : sum);
+    if (in_place) be->ops->copy(be, sum, n->slot, count * sizeof *sum);
+}
+
+static bool nccl_all_reduce_norm(comm *c, const struct comm_norm *norm) {
+    const struct nccl *n = c->sums_state;
+    backend *be = c->config.device;
+    sum_into(c, (size_t)norm->rows * (size_t)norm->hidden, n->slot);
+    be->ops->add_norm(be, norm->rows, norm->hidden, norm->first, norm->scale, n->slot, norm->x,
+                      norm->weight, norm->eps, norm->dtype, norm->h);
+    return true;
 }
 
 static void nccl_all_gather(comm *c, const void *mine, size_t n, void *all) {
@@ -133,7 +172,18 @@ static bool nccl_capturable(const comm *c) {
 
 /* ---- life ---- */
 
+static void release_windows(comm *c, struct nccl *n) {
+    for (int i = 0; i < WINDOWS; i++) {
+        const struct window *w = &n->windows[i];
+        if (w->handle) settle(c, n, n->window_deregister(n->comm, w->handle), CLOSE_SECONDS);
+        if (w->memory) n->mem_free(w->memory);
+        c->config.device->scratch_bytes -= w->bytes;
+        n->windows[i] = (struct window){0};
+    }
+}
+
 static void release(comm *c, struct nccl *n) {
+    if (n->comm) release_windows(c, n);
     if (n->comm && n->lib.ncclCommFinalize) {
         const ncclResult_t result = settle(c, n, n->lib.ncclCommFinalize(n->comm), CLOSE_SECONDS);
         if (result == ncclSuccess) {
@@ -148,7 +198,6 @@ static void release(comm *c, struct nccl *n) {
 
 static void nccl_close(comm *c) {
     struct nccl *n = c->sums_state;
-    c->config.device->watch = NULL;
     c->sums = NULL;
     release(c, n);
 }
@@ -172,9 +221,40 @@ static enum status load_library(struct nccl *n, int *version) {
     }
     NCCL_CALLS(X)
 #undef X
+    *(void **)&n->mem_alloc = dlsym(n->library, "ncclMemAlloc");
+    *(void **)&n->mem_free = dlsym(n->library, "ncclMemFree");
+    *(void **)&n->window_register = dlsym(n->library, "ncclCommWindowRegister");
+    *(void **)&n->window_deregister = dlsym(n->library, "ncclCommWindowDeregister");
     if (n->lib.ncclGetVersion(version) != ncclSuccess)
         return fail(STATUS_USAGE, "--comm nccl: %s does not tell its version", library_name);
     return STATUS_OK;
+}
+
+/* Device memory in a window; NULL when this library cannot. Collective, but for the answer. */
+static float *take_window(comm *c, struct nccl *n, struct window *w, size_t bytes) {
+    w->bytes = (bytes + WINDOW_ALIGN - 1) / WINDOW_ALIGN * WINDOW_ALIGN;
+    c->config.device->scratch_bytes += w->bytes;
+    if (n->mem_alloc(&w->memory, w->bytes) != ncclSuccess) w->memory = NULL;
+    if (comm_agree_min(c, w->memory != NULL) == 0) return NULL;
+    const ncclResult_t result =
+        n->window_register(n->comm, w->memory, w->bytes, &w->handle, WINDOW_SYMMETRIC);
+    if (settle(c, n, result, INIT_SECONDS) != ncclSuccess) w->handle = NULL;
+    return w->handle ? w->memory : NULL;
+}
+
+static bool take_windows(comm *c, struct nccl *n, size_t slot_bytes) {
+    const bool can = n->mem_alloc && n->mem_free && n->window_register && n->window_deregister;
+    if (comm_agree_min(c, can) == 0) return false;
+    n->slot = take_window(c, n, &n->windows[0], slot_bytes);
+    bool taken = n->slot != NULL;
+    if (comm_agree_min(c, taken) && c->config.tree_sums) {
+        n->gathered = take_window(c, n, &n->windows[1], slot_bytes * (size_t)c->size);
+        taken = n->gathered != NULL;
+    }
+    if (comm_agree_min(c, taken)) return true;
+    release_windows(c, n);
+    n->slot = n->gathered = NULL;
+    return false;
 }
 
 static enum status take_memory(comm *c, struct nccl *n) {
@@ -185,6 +265,19 @@ static enum status take_memory(comm *c, struct nccl *n) {
     if (!c->config.tree_sums) return STATUS_OK;
     n->gathered = be->ops->alloc(be, bytes * (size_t)c->size, "gathered partial sums");
     return n->gathered ? STATUS_OK : STATUS_MEMORY;
+}
+
+static enum status check_sharing(comm *c, int version) {
+    int first = 0, second = 0;
+    const char *allowed = getenv("NCCL_MULTI_RANK_GPU_ENABLE");
+    if (comm_gpu_sharing(c, &first, &second) == 1) return STATUS_OK;
+    if (version >= SHARED_GPU_VERSION && allowed && strcmp(allowed, "1") == 0) return STATUS_OK;
+    return fail(
+        STATUS_USAGE,
+        "--comm nccl: ranks %d and %d share a GPU, which NCCL %d.%d.%d does not allow: start "
+        "one rank a GPU, or use --comm mpi (for tests, NCCL 2.30 or later with "
+        "NCCL_MULTI_RANK_GPU_ENABLE=1 NCCL_NVLS_ENABLE=0 NCCL_MAX_CTAS=4)",
+        first, second, version / 10000, version / 100 % 100, version % 100);
 }
 
 static enum status new_id(comm *c, struct nccl *n, ncclUniqueId *id) {
@@ -226,11 +319,16 @@ static enum status open_all(comm *c, struct nccl *n) {
     int version = 0;
     TRY(comm_agree(c, load_library(n, &version)));
     TRY(comm_agree_equal(c, "the version of NCCL", &version, sizeof version));
-    TRY(comm_agree(c, take_memory(c, n)));
+    TRY(check_sharing(c, version));
     TRY(comm_agree(c, new_id(c, n, &id)));
     comm_share(c, &id, sizeof id);
     TRY(comm_agree(c, join(c, n, id)));
-    log_info("NCCL %d.%d.%d", version / 10000, version / 100 % 100, version % 100);
+    const bool windows = take_windows(c, n, c->config.slot_floats * sizeof(float));
+    if (!windows) TRY(comm_agree(c, take_memory(c, n)));
+    if (c->rank == 0) {
+        log_info("NCCL %d.%d.%d, %s symmetric windows", version / 10000, version / 100 % 100,
+                 version % 100, windows ? "with" : "without");
+    }
     return STATUS_OK;
 }
 
@@ -245,8 +343,6 @@ enum status comm_nccl_setup(comm *c) {
     }
     c->sums_state = n;
     c->sums = &nccl_sums;
-    c->config.device->watch = watch;
-    c->config.device->watch_user = c;
     return STATUS_OK;
 }
 
@@ -254,7 +350,9 @@ static const struct comm_sums nccl_sums = {
     .name = "nccl",
     .slot = nccl_slot,
     .all_reduce = nccl_all_reduce,
+    .all_reduce_norm = nccl_all_reduce_norm,
     .all_gather = nccl_all_gather,
     .capturable = nccl_capturable,
+    .watch = watch,
     .close = nccl_close,
 };

@@ -6,7 +6,9 @@
  *   comm_window.c  path "window": shared memory, no MPI in it
  *   comm_mpi.c     joining the job, the window's memory, path "mpi": messages
  *   comm_device.c  sums of device memory by way of the host path ("staged")
- *   comm_nccl.c    the same by NCCL; only in programs built with CUDA
+ *   comm_nccl.c    the same by NCCL; only in programs built with CUDA, as the next two
+ *   comm_fused.c   the same by own kernels over the peers' memory
+ *   comm_gpu.c     which GPU each rank has
  *   comm_tree.c    the sum itself
  *   comm_wait.c    how to wait: pause, yield, give up
  *   comm_bench.c   `bench comm`
@@ -57,6 +59,18 @@ struct comm_sums {
     void (*all_reduce)(comm *c, size_t count, float *sum);
     void (*all_gather)(comm *c, const void *mine, size_t n, void *all);
     bool (*capturable)(const comm *c);
+    /* NULL: all_reduce and add_norm. False: not with this dtype, nothing was done. */
+    bool (*all_reduce_norm)(comm *c, const struct comm_norm *norm);
+    int way_count; /* 0: only one */
+    const char *const *way_names;
+    bool (*way_fits)(const comm *c, int way, size_t count);
+    void (*use_way)(comm *c, int way);
+    /* NULL: cannot fail unnoticed. watch: backend.h; it and check, which is called before ranks speak,
+     * end the job when the device cannot go on. abort: the job ends, whoever still waits on the device
+     * shall leave. */
+    void (*watch)(void *user, double waited_seconds);
+    void (*check)(comm *c);
+    void (*abort)(comm *c);
     void (*close)(comm *c);
 };
 
@@ -85,6 +99,12 @@ enum status comm_self_setup(comm *c);
  * the same status on all ranks. */
 enum status comm_device_setup(comm *c);
 enum status comm_nccl_setup(comm *c);
+enum status comm_fused_setup(comm *c); /* tries itself before it says OK */
+
+/* comm_gpu.c, collective. sharing: the largest number of ranks on one GPU; two of them when > 1.
+ * reach: each rank's own status; OK when it may read and write the GPU memory of all others. */
+int comm_gpu_sharing(comm *c, int *first, int *second);
+enum status comm_gpu_reach(comm *c);
 
 /* comm_mpi.c: MPI_Init, ranks, hosts, cores. */
 enum status comm_mpi_join(comm *c, int *argc, char ***argv);

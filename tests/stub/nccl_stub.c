@@ -9,7 +9,7 @@
  * without finalize) ends the process by abort().
  *
  * NCCL_STUB, "WHAT:RANK": no-id | init | hang-init (never ready) | call:RANK (a collective is refused) |
- * async:RANK (the second collective fails later, on that rank) | hang (no answer to the second one)
+ * no-window:RANK (memory is not registered there) | async:RANK (the second collective fails later, on that rank) | hang (no answer to the second one)
  */
 #include <fcntl.h>
 #include <stdatomic.h>
@@ -19,15 +19,20 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include "cuda_runtime_api.h"
 #include "nccl.h"
 
-enum { SLOT_BYTES = 2 << 20, HEAD_BYTES = 4096, ASKED = 2 };
+enum { SLOT_BYTES = 2 << 20, HEAD_BYTES = 4096, ASKED = 2, WINDOWS_MAX = 4, PAGE_BYTES = 2 << 20 };
 
 struct ncclComm {
     int ranks, rank, collectives;
     int left; /* times still in progress */
     ncclResult_t later;
     int ready, finalized, aborted;
+    struct window {
+        char *begin;
+        size_t bytes;
+    } windows[WINDOWS_MAX];
     char *shared;
     char path[128];
 };
@@ -90,6 +95,57 @@ ncclResult_t ncclCommGetAsyncError(ncclComm_t c, ncclResult_t *error) {
     return ncclSuccess;
 }
 
+/* ---- windows ---- */
+
+static int allocations;
+
+ncclResult_t ncclMemAlloc(void **out, size_t bytes) {
+    allocations++;
+    return cudaMalloc(out, (bytes + PAGE_BYTES - 1) / PAGE_BYTES * PAGE_BYTES) == cudaSuccess
+               ? ncclSuccess
+               : ncclSystemError;
+}
+ncclResult_t ncclMemFree(void *memory) {
+    expect(allocations-- > 0, "more frees than allocations");
+    return cudaFree(memory) == cudaSuccess ? ncclSuccess : ncclInvalidUsage;
+}
+
+static int in_window(ncclComm_t c, const void *p) {
+    for (int i = 0; i < WINDOWS_MAX; i++) {
+        const struct window *w = &c->windows[i];
+        if (w->begin && (const char *)p >= w->begin && (const char *)p < w->begin + w->bytes)
+            return 1;
+    }
+    return 0;
+}
+static int has_windows(ncclComm_t c) {
+    for (int i = 0; i < WINDOWS_MAX; i++)
+        if (c->windows[i].begin) return 1;
+    return 0;
+}
+
+ncclResult_t ncclCommWindowRegister(ncclComm_t c, void *memory, size_t bytes, void **window,
+                                    int flags) {
+    int i = 0;
+    *window = NULL;
+    expect(c && c->ready && c->left == 0 && !c->finalized && !c->aborted && c->collectives == 0,
+           "a window");
+    expect(flags == 1 && (size_t)memory % 4096 == 0 && bytes % 4096 == 0, "arguments of a window");
+    if (injected("no-window", c->rank)) return ncclInvalidUsage;
+    while (i < WINDOWS_MAX && c->windows[i].begin) i++;
+    expect(i < WINDOWS_MAX, "too many windows");
+    c->windows[i] = (struct window){memory, bytes};
+    *window = &c->windows[i];
+    c->left = 1;
+    return ncclInProgress;
+}
+ncclResult_t ncclCommWindowDeregister(ncclComm_t c, void *window) {
+    struct window *w = window;
+    expect(c && c->ready && !c->finalized && !c->aborted && w && w->begin, "end of a window");
+    w->begin = NULL;
+    return ncclSuccess;
+}
+
 /* All ranks come here `number` times. */
 static void meet(ncclComm_t c, unsigned number) {
     _Atomic unsigned *arrivals = (_Atomic unsigned *)c->shared;
@@ -126,6 +182,8 @@ static ncclResult_t end(ncclComm_t c) {
 ncclResult_t ncclAllReduce(const void *from, void *to, size_t count, ncclDataType_t type,
                            ncclRedOp_t op, ncclComm_t c, void *stream) {
     expect(type == ncclFloat32 && op == ncclSum && stream, "arguments of an all-reduce");
+    expect(!has_windows(c) || (from == to && in_window(c, from)),
+           "a sum outside the window that was made for it");
     const ncclResult_t result = exchange(c, from, count * sizeof(float));
     if (result != ncclSuccess) return result;
     for (size_t i = 0; i < count; i++) { /* from the last rank down: not the tree's order */
@@ -144,6 +202,8 @@ ncclResult_t ncclAllGather(const void *from, void *to, size_t count, ncclDataTyp
                            ncclComm_t c, void *stream) {
     const size_t bytes = count * (type == ncclInt8 ? 1 : sizeof(float));
     expect((type == ncclInt8 || type == ncclFloat32) && stream, "arguments of an all-gather");
+    expect(type == ncclInt8 || !has_windows(c) || (in_window(c, from) && in_window(c, to)),
+           "partial sums outside the windows that were made for them");
     const ncclResult_t result = exchange(c, from, bytes);
     if (result != ncclSuccess) return result;
     for (int r = 0; r < c->ranks; r++) {
@@ -154,7 +214,7 @@ ncclResult_t ncclAllGather(const void *from, void *to, size_t count, ncclDataTyp
 }
 
 ncclResult_t ncclCommFinalize(ncclComm_t c) {
-    expect(c && c->ready && !c->finalized && !c->aborted, "finalize");
+    expect(c && c->ready && !c->finalized && !c->aborted && !has_windows(c), "finalize");
     c->finalized = 1;
     c->left = ASKED;
     return ncclInProgress;
