@@ -2,7 +2,7 @@
  * that takes time. */
 #include "kernels/device.cuh"
 
-enum { SWEEP_THREADS = 512, SWEEP_UNROLL = 8, PEAK_THREADS = 256, PEAK_CHAINS = 8 };
+enum { SWEEP_THREADS = 512, SWEEP_UNROLL = 8, PEAK_THREADS = 256, PEAK_CHAINS = 8, PREFETCH_BYTES = 16 << 10 };
 
 /* Blocks take turns at 64 KiB, 8 loads of 16 bytes a thread in flight. */
 static __global__ void __launch_bounds__(SWEEP_THREADS)
@@ -29,6 +29,20 @@ extern "C" int kernels_sweep(kernels_stream stream, const void *memory, size_t b
     if (count > 0)
         KERNELS_LAUNCH(sweep, dim3((unsigned)kernels_sm_count * 2), dim3(SWEEP_THREADS), 0, stream,
                        (const uint4 *)memory, count, sink);
+    return (int)cudaGetLastError();
+}
+
+static __global__ void __launch_bounds__(WARP) prefetch(const char *memory, int64_t bytes) {
+    after_previous();
+    const int64_t begin = (int64_t)blockIdx.x * PREFETCH_BYTES;
+    if (threadIdx.x == 0)
+        prefetch_weights(memory + begin, min(bytes - begin, (int64_t)PREFETCH_BYTES));
+}
+
+extern "C" int kernels_prefetch(kernels_stream stream, const void *memory, size_t bytes) {
+    if (bytes > 0)
+        KERNELS_LAUNCH(prefetch, dim3(blocks_of((int64_t)bytes, PREFETCH_BYTES)), dim3(WARP), 0, stream,
+                       (const char *)memory, (int64_t)bytes);
     return (int)cudaGetLastError();
 }
 

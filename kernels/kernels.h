@@ -299,6 +299,11 @@ int kernels_think(kernels_stream stream, int count, const struct kernels_thinker
 int kernels_sweep(kernels_stream stream, const void *memory, size_t bytes, uint32_t *sink);
 /* mma.sync on registers only; *flops (host): operations of this launch. */
 int kernels_peak(kernels_stream stream, int64_t rounds, float *sink, double *flops);
+/* Asks for bytes (a multiple of 16) to be in L2. */
+int kernels_prefetch(kernels_stream stream, const void *memory, size_t bytes);
+/* Whether kernels may start before the one ahead of them ends (device.cuh); so it is from the start
+ * where the device can. Returns what is now the case. For launches and captures that follow. */
+bool kernels_overlap_launches(bool wanted);
 /* One block that waits for so long. */
 int kernels_spin(kernels_stream stream, uint64_t ns);
 
