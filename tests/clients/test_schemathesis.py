@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import httpx
+import jsonschema_rs
 
 CHECKS = "not_a_server_error,status_code_conformance,content_type_conformance,response_headers_conformance,response_schema_conformance"
 
@@ -14,6 +15,21 @@ CONFIG = """
 [phases.coverage]
 unexpected-methods = ["DELETE", "PUT", "PATCH"]
 """
+
+
+def test_chunks(server):
+    """Events of streams, which the fuzzer does not open, are those that the description names."""
+    description = httpx.get(server.url + "/openapi.json").json()
+    ask = {"stream": True, "max_tokens": 80, "seed": 1, "stream_options": {"include_usage": True}, "soft_thinking": {"return_trace": 3}}
+    for path, schema, more in (("chat/completions", "ChatChunk", {"messages": [{"role": "user", "content": "1+1"}], "logprobs": True, "top_logprobs": 2}),
+                               ("completions", "CompletionChunk", {"prompt": "1+1=", "logprobs": 2})):
+        check = jsonschema_rs.validator_for({"$ref": "#/components/schemas/" + schema, "components": description["components"]})
+        events = httpx.post(f"{server.url}/v1/{path}", json={**ask, **more}, timeout=60).text.split("\n\n")
+        chunks = [json.loads(e[6:]) for e in events if e.startswith("data: {")]
+        assert len(chunks) > 10
+        for chunk in chunks:
+            assert check.is_valid(chunk), [str(e) for e in check.iter_errors(chunk)]
+        assert not check.is_valid({**chunks[0], "object": "x"}) and not check.is_valid({"error": {}})
 
 
 def test_description(server, tmp_path):
