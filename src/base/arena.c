@@ -2,8 +2,10 @@
  *
  *   head -> [block header | used ... | free ...] -> [older block] -> ... -> NULL
  *
- * A request that does not fit into the head block gets a new block of max(64 KiB, request); the rest
- * of the old block is wasted, which is at most half on average for the small sizes we hand out.
+ * A request that does not fit into the head block gets a new block: 2 KiB at first, as most requests
+ * of a server need no more, then twice the last one up to 64 KiB, and never less than what is asked
+ * for. The rest of the old block is wasted, which is at most half on average for the small sizes we
+ * hand out.
  */
 #include "base/arena.h"
 
@@ -18,6 +20,13 @@ struct arena_block {
     size_t size_bytes, used_bytes;
     _Alignas(ARENA_ALIGN_BYTES) unsigned char bytes[];
 };
+
+/* Of the next block when `bytes` are asked for. */
+static size_t block_size(const arena *a, size_t bytes) {
+    size_t size = a->head ? 2 * a->head->size_bytes : ARENA_FIRST_BYTES;
+    if (size > ARENA_BLOCK_BYTES) size = ARENA_BLOCK_BYTES;
+    return bytes > size ? bytes : size;
+}
 
 void arena_init(arena *a, size_t limit_bytes) { *a = (arena){.limit_bytes = limit_bytes}; }
 
@@ -36,7 +45,7 @@ void *arena_alloc(arena *a, size_t bytes) {
     bytes = (bytes + ARENA_ALIGN_BYTES - 1) / ARENA_ALIGN_BYTES * ARENA_ALIGN_BYTES;
     if (a->limit_bytes && bytes > a->limit_bytes - a->used_bytes) goto full;
     if (!a->head || a->head->size_bytes - a->head->used_bytes < bytes) {
-        const size_t size = bytes > ARENA_BLOCK_BYTES ? bytes : ARENA_BLOCK_BYTES;
+        const size_t size = block_size(a, bytes);
         struct arena_block *block = calloc(1, sizeof *block + size);
         if (!block) goto full;
         block->older = a->head;

@@ -2,7 +2,7 @@
  *
  * A chain of blocks; allocation bumps a pointer, everything goes at once with arena_fini. Used for a
  * request, a parsed file, a tokenizer: whatever dies together. Thread: one owner at a time.
- * Memory: blocks of at least ARENA_BLOCK_BYTES from malloc; a request larger than the limit given at
+ * Memory: growing blocks, up to ARENA_BLOCK_BYTES, from malloc; a request larger than the limit given at
  * init fails with STATUS_MEMORY's NULL instead of growing, so hostile counts cannot eat the machine.
  */
 #ifndef SFUMATO_BASE_ARENA_H
@@ -10,7 +10,7 @@
 
 #include <stddef.h>
 
-enum { ARENA_BLOCK_BYTES = 64 * 1024, ARENA_ALIGN_BYTES = 16 };
+enum { ARENA_FIRST_BYTES = 2 * 1024, ARENA_BLOCK_BYTES = 64 * 1024, ARENA_ALIGN_BYTES = 16 };
 
 struct arena_block;
 typedef struct arena {

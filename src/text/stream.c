@@ -24,7 +24,7 @@ struct stop {
 struct stream {
     const tokenizer *t;
     struct stream_options options;
-    struct stop stops[STREAM_STOP_COUNT_MAX];
+    struct stop *stops; /* [options.stop_count]; half a KiB each, and most requests have none */
     bool thinking;      /* phase of the last step */
     bool text_started;  /* of this phase: a byte other than a leading newline came */
     bool drop_newlines; /* this answer follows thinking */
@@ -166,6 +166,11 @@ enum status stream_open(const tokenizer *t, const struct stream_options *options
     s->t = t;
     s->options = *options;
     s->stopped_by = -1;
+    if (options->stop_count > 0) s->stops = calloc((size_t)options->stop_count, sizeof *s->stops);
+    if (options->stop_count > 0 && s->stops == NULL) {
+        stream_close(s);
+        return fail(STATUS_MEMORY, "no memory for stop strings");
+    }
     for (int k = 0; k < options->stop_count; k++) {
         const enum status status = stop_init(&s->stops[k], options->stops[k], k);
         if (status == STATUS_OK) continue;
@@ -178,6 +183,7 @@ enum status stream_open(const tokenizer *t, const struct stream_options *options
 
 void stream_close(stream *s) {
     if (s == NULL) return;
+    free(s->stops);
     free(s->newlines.bytes);
     free(s->decoded.bytes);
     free(s->thinking_text.bytes);
