@@ -204,6 +204,15 @@ static void test_writer(void) {
     written(&w, "{\"a\":[-1,0.1,0.100000001,null,true,{}],\"b\":null}");
     json_write_string(&w, "\"\\\n\t\x01\x7f\xc3\xa9", 8);
     written(&w, "\"\\\"\\\\\\n\\t\\u0001\\u007f\xc3\xa9\"");
+    json_write_string(&w, "plain, then \"", 13);
+    written(&w, "\"plain, then \\\"\"");
+    json_begin(&w, '[');
+    json_write_int(&w, INT64_MIN);
+    json_write_int(&w, INT64_MAX);
+    json_write_int(&w, 0);
+    json_write_int(&w, 10);
+    json_end(&w, ']');
+    written(&w, "[-9223372036854775808,9223372036854775807,0,10]");
     json_writer_fini(&w);
 }
 
