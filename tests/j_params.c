@@ -82,8 +82,10 @@ static void test_messages(void) {
     REFUSED("--top-p nan: it must be a number in (0,1]", "--top-p", "nan");
     REFUSED("--min-p 1: it must be in [0,1)", "--min-p", "1");
     REFUSED("--on-eos stop: it must be one of close, finish, mask", "--on-eos", "stop");
+#ifndef SFUMATO_WITH_CUDA
     REFUSED("--kv-dtype fp8: not built into this binary, which has auto, f32, bf16", "--kv-dtype",
             "fp8");
+#endif
     REFUSED("--gpu-memory-utilization: not built into this binary", "--gpu-memory-utilization",
             "0.9");
     REFUSED("--wibble: unknown or ambiguous option; --help lists them", "-q", "--wibble", "3");

@@ -21,7 +21,7 @@
 #include "backend/batch.h"
 #include "base/check.h"
 
-enum backend_dtype { BACKEND_F32, BACKEND_BF16 };
+enum backend_dtype { BACKEND_F32, BACKEND_BF16, BACKEND_FP8 }; /* fp8: e4m3, base/fp8.h */
 enum backend_isa { ISA_AUTO, ISA_SCALAR, ISA_AVX2, ISA_AVX512, ISA_AVX512BF16, ISA_CUDA };
 /* The numeric class decides bits: all levels of FMA agree with one another; DPBF16 has its own, and a GPU its own. */
 enum backend_numerics { NUMERICS_AUTO, NUMERICS_FMA, NUMERICS_DPBF16, NUMERICS_CUDA };
@@ -63,7 +63,10 @@ struct kv_spec {
     int layers, heads /* H */, kv_heads /* G */, head_dim;
     int positions_max; /* of one sequence */
     int32_t page_count;
-    enum backend_dtype dtype;
+    enum backend_dtype dtype; /* FP8: CUDA only */
+    /* FP8: what an element is multiplied by, [layer][G][key, value], host, read by kv_new only;
+     * NULL: 1. */
+    const float *scales;
 };
 
 /* One layer's attention inputs (fp32 vectors are borrowed device memory, NULL = absent). */
@@ -177,6 +180,12 @@ enum status cpu_open(const struct backend_config *config, backend **out);
  * used; the program starts without a driver all the same. probe: opens nothing. */
 enum status cuda_probe(void);
 enum status cuda_open(const struct backend_config *config, backend **out);
+static inline size_t backend_dtype_bytes(enum backend_dtype d) {
+    return d == BACKEND_F32 ? 4 : d == BACKEND_BF16 ? 2 : 1;
+}
+static inline const char *backend_dtype_name(enum backend_dtype d) {
+    return d == BACKEND_F32 ? "f32" : d == BACKEND_BF16 ? "bf16" : "fp8";
+}
 const char *backend_isa_name(enum backend_isa isa);
 const char *backend_numerics_name(enum backend_numerics n);
 

@@ -45,6 +45,7 @@ enum status cpu_kv_new(backend *b, const struct kv_spec *spec) {
     struct cpu *cpu = cpu_of(b);
     struct cpu_kv *kv = &cpu->kv;
     ASSERT(!kv->data);
+    ASSERT(spec->dtype != BACKEND_FP8); /* refused with the options */
     const size_t threads = (size_t)b->threads;
     kv->spec = *spec;
     kv->dim_stride = (spec->head_dim + LANES - 1) / LANES * LANES;

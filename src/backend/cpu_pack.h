@@ -43,7 +43,6 @@ struct matrix {
     struct matrix *next;                       /* of the same backend, newest first */
 };
 
-static inline size_t backend_dtype_bytes(enum backend_dtype d) { return d == BACKEND_F32 ? 4 : 2; }
 static inline const void *matrix_panel(const struct matrix *m, int64_t panel) {
     return m->data + (size_t)panel * m->panel_bytes;
 }

@@ -27,10 +27,15 @@ static size_t workspace_bytes(const struct kv_spec *spec, int rows, int tiles) {
 enum status cuda_kv_new(backend *b, const struct kv_spec *spec) {
     struct cuda *cuda = cuda_of(b);
     ASSERT(!cuda->kv.data);
-    if (spec->dtype != BACKEND_BF16) {
+    if (spec->dtype == BACKEND_F32) {
         return fail(STATUS_USAGE,
-                    "the CUDA backend keeps keys and values in bf16: use --kv-dtype "
-                    "bf16");
+                    "the CUDA backend keeps keys and values in bf16 or fp8: use --kv-dtype bf16");
+    }
+    if (spec->dtype == BACKEND_FP8 && spec->head_dim % 4 != 0) {
+        return fail(STATUS_USAGE,
+                    "heads of %d dimensions, no multiple of 4, cannot be kept in fp8: use "
+                    "--kv-dtype bf16",
+                    spec->head_dim);
     }
     if (spec->head_dim > KERNELS_HEAD_DIM_MAX || spec->heads > CUDA_HEADS_MAX) {
         return fail(STATUS_USAGE,
@@ -40,12 +45,21 @@ enum status cuda_kv_new(backend *b, const struct kv_spec *spec) {
     struct kernels_kv kv = {.layers = spec->layers,
                             .page_count = spec->page_count,
                             .kv_heads = spec->kv_heads,
-                            .head_dim = spec->head_dim};
+                            .head_dim = spec->head_dim,
+                            .type = spec->dtype == BACKEND_FP8 ? KERNELS_KV_FP8 : KERNELS_KV_BF16};
     const size_t bytes = kernels_kv_bytes(&kv), scratch = b->scratch_bytes;
     kv.data = b->ops->alloc(b, bytes, "KV cache");
     if (!kv.data) return STATUS_MEMORY;
     b->scratch_bytes = scratch;
     b->kv_bytes += bytes;
+    if (spec->dtype == BACKEND_FP8 && spec->scales) {
+        const size_t scales_bytes =
+            sizeof(float) * 2 * (size_t)spec->layers * (size_t)spec->kv_heads;
+        float *scales = b->ops->alloc(b, scales_bytes, "scales of the KV cache");
+        if (!scales) return STATUS_MEMORY;
+        TRY(b->ops->write(b, scales, spec->scales, scales_bytes));
+        kv.scales = scales;
+    }
     cuda->kv = kv;
 
     const size_t width = (size_t)(spec->heads + 2 * spec->kv_heads) * (size_t)spec->head_dim;

@@ -144,6 +144,8 @@ void host_plan_model(struct host *h) {
     const struct model_config *c = &h->source->config;
     const bool f32_file = c->file_dtype == DTYPE_F32 && p->backend != BACKEND_IS_CUDA;
     const bool f32 = p->dtype == 0 ? f32_file : p->dtype == 1;
+    static const enum backend_dtype kv_dtypes[] = {BACKEND_BF16, BACKEND_F32, BACKEND_BF16,
+                                                   BACKEND_FP8}; /* as the words of --kv-dtype */
     h->engine_options = (struct engine_options){
         .max_seqs = (int)p->max_num_seqs,
         .max_batched_tokens =
@@ -155,8 +157,7 @@ void host_plan_model(struct host *h) {
     };
     h->model_options = (struct model_options){
         .weight_dtype = f32 ? BACKEND_F32 : BACKEND_BF16,
-        .kv_dtype = p->kv_dtype == 0 ? (f32 ? BACKEND_F32 : BACKEND_BF16)
-                                     : (p->kv_dtype == 1 ? BACKEND_F32 : BACKEND_BF16),
+        .kv_dtype = p->kv_dtype == 0 && f32 ? BACKEND_F32 : kv_dtypes[p->kv_dtype],
         .slabs = p->slabs > 0 ? (int)p->slabs : shard_default_slabs(h->shard_ranks),
         .slice_ranks = h->shard_ranks,
         .slice_rank = h->shard_rank,
@@ -183,6 +184,12 @@ static enum status check_options(struct host *h) {
         (h->params.backend != BACKEND_IS_CUDA || (h->params.deterministic && h->params.gemm > 1))) {
         return fail(STATUS_USAGE, "--gemm %s is for --backend cuda without --deterministic",
                     param_word(&h->params, PARAM_gemm));
+    }
+    if (h->model_options.kv_dtype == BACKEND_FP8 && h->params.backend != BACKEND_IS_CUDA) {
+        return fail(
+            STATUS_USAGE,
+            "--kv-dtype fp8 is for --backend cuda: the CPU backend keeps keys and values in "
+            "f32 or bf16");
     }
     if (h->params.backend == BACKEND_IS_CUDA &&
         (h->params.isa > 0 || h->params.numerics > 0 || h->params.threads > 0)) {

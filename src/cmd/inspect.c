@@ -33,8 +33,6 @@ static void legal_ranks(const struct shard_dims *dims, int slabs, char *out, siz
     }
 }
 
-static const char *dtype_name(enum backend_dtype d) { return d == BACKEND_F32 ? "f32" : "bf16"; }
-
 static const char *file_dtype_name(enum config_dtype d) {
     static const char *const names[] = {[DTYPE_F32] = "f32",
                                         [DTYPE_F16] = "f16",
@@ -149,8 +147,9 @@ static void print_text(const struct host *h, const struct rank_needs *n, const c
     printf("in the file       %s, %s\n", progress_bytes((double)h->source->total_bytes, a),
            file_dtype_name(c->file_dtype));
     print_tensors(h->source);
-    printf("in memory         %s weights, %s KV cache\n", dtype_name(h->model_options.weight_dtype),
-           dtype_name(h->model_options.kv_dtype));
+    printf("in memory         %s weights, %s KV cache\n",
+           backend_dtype_name(h->model_options.weight_dtype),
+           backend_dtype_name(h->model_options.kv_dtype));
     printf("rank counts       %s (1, 2, 4, 8 give the same bits)\n", ranks);
     printf("slabs             %d\n\n", h->model_options.slabs);
     printf("rank  slabs   heads  kv  ffn     vocabulary  weights      KV a token   scratch\n");
@@ -183,9 +182,9 @@ static void write_json(const struct host *h, const struct rank_needs *n, const c
     json_key(w, "file_dtype");
     json_write_text(w, file_dtype_name(c->file_dtype));
     json_key(w, "dtype");
-    json_write_text(w, dtype_name(h->model_options.weight_dtype));
+    json_write_text(w, backend_dtype_name(h->model_options.weight_dtype));
     json_key(w, "kv_dtype");
-    json_write_text(w, dtype_name(h->model_options.kv_dtype));
+    json_write_text(w, backend_dtype_name(h->model_options.kv_dtype));
     json_key(w, "slabs");
     json_write_int(w, h->model_options.slabs);
     json_key(w, "legal_ranks");

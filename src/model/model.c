@@ -9,7 +9,7 @@
 #include "kv/pages.h"
 #include "model/model_parts.h"
 
-static int64_t dtype_bytes(enum backend_dtype dtype) { return dtype == BACKEND_F32 ? 4 : 2; }
+static int64_t dtype_bytes(enum backend_dtype d) { return (int64_t)backend_dtype_bytes(d); }
 
 enum status model_need(const struct model_config *config, const struct model_options *options,
                        int ranks, int rank, struct model_need *out) {
@@ -102,6 +102,7 @@ enum status model_open(source *src, const struct model_options *options, backend
     }
 
     TRY_GOTO(weights_load(m, src, progress, user), out);
+    if (options->kv_dtype == BACKEND_FP8) TRY_GOTO(kv_scales_load(m, src, &m->kv_scales), out);
     float *cos_table, *sin_table;
     TRY_GOTO(rope_tables(m, &cos_table, &sin_table), out);
     for (int l = 0; l < m->config.layers; l++) {
@@ -123,13 +124,15 @@ enum status model_kv_new(model *m, int32_t page_count) {
                                                        .head_dim = m->config.head_dim,
                                                        .positions_max = m->options.max_positions,
                                                        .page_count = page_count,
-                                                       .dtype = m->options.kv_dtype});
+                                                       .dtype = m->options.kv_dtype,
+                                                       .scales = m->kv_scales});
 }
 
 void model_close(model *m) {
     if (!m) return;
     free(m->layers);
     free(m->kv_of_head);
+    free(m->kv_scales);
     free(m);
 }
 

@@ -1,6 +1,6 @@
 /* model_parts.h: the struct behind model.h, shared by the files of this folder only.
  *
- * weights.c fills it (what each rank reads and packs), dense.c runs it, model.c makes and ends it.
+ * weights.c and kv_scales.c fill it (what each rank reads and packs), dense.c runs it, model.c makes and ends it.
  * Buffers are device memory of the backend; [T] is options.rows_max, [n] options.logit_rows_max.
  */
 #ifndef SFUMATO_MODEL_PARTS_H
@@ -24,7 +24,8 @@ struct model {
     matrix *embed, *lm_head; /* the same matrix when tied */
     float *final_norm;       /* [D] */
     struct model_layer *layers;
-    int *kv_of_head; /* [H]: local kv head that local query head reads */
+    int *kv_of_head;  /* [H]: local kv head that local query head reads */
+    float *kv_scales; /* fp8 KV cache: [layers][G][key, value], host; else NULL */
 
     float *x;      /* [T,D] residual stream, fp32 */
     float *sum;    /* [T,D] what the last all-reduce gave */
@@ -55,6 +56,9 @@ struct matrix_spec weights_vocab_spec(const struct model_config *config, const s
 
 enum status weights_load(model *m, source *src,
                          void (*progress)(void *user, int64_t done, int64_t total), void *user);
+
+/* *out: malloc'ed, [layers][G][key, value]. */
+enum status kv_scales_load(const model *m, source *src, float **out);
 
 /* RoPE tables [max_positions, hd/2], made in double. */
 enum status rope_tables(model *m, float **cos_table, float **sin_table);
