@@ -65,9 +65,8 @@ enum status kv_scales_load(const model *m, source *src, float **out) {
                 out);
         layers_with += found[0] && found[1];
     }
-    if (comm_rank(m->c) == 0)
-        log_info("fp8 KV cache: scales of the checkpoint in %d of %d layers, 1 in the others",
-                 layers_with, m->config.layers);
+    log_info("fp8 KV cache: scales of the checkpoint in %d of %d layers, 1 in the others",
+             layers_with, m->config.layers);
     *out = scales;
     return STATUS_OK;
 out:
