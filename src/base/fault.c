@@ -3,6 +3,7 @@
 
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 
 #include "base/log.h"
 
@@ -33,6 +34,12 @@ bool fault_hit(const char *name) { return is_wanted(name) && --wanted_count == 0
 bool fault_every(const char *name) {
     static long calls;
     return is_wanted(name) && wanted_count > 0 && ++calls % wanted_count == 0;
+}
+
+void fault_sleep(const char *name) {
+    if (!is_wanted(name)) return;
+    const struct timespec wait = {wanted_count / 1000, wanted_count % 1000 * 1000000};
+    nanosleep(&wait, NULL);
 }
 
 int fault_delay_ms(void) {

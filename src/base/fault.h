@@ -11,6 +11,8 @@
 bool fault_hit(const char *name);
 /* The same on every count-th call. */
 bool fault_every(const char *name);
+/* Sleeps count milliseconds at every call with that name on that rank: holds a phase open. */
+void fault_sleep(const char *name);
 /* Milliseconds of random delay asked for by SFUMATO_FAULT=delay:rank:max_ms on this rank, else 0. */
 int fault_delay_ms(void);
 

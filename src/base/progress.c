@@ -11,6 +11,9 @@
 #include "base/log.h"
 
 enum { BAR_CELLS = 24 };
+/* A line each 10 %, but not for what is quick; and one of life when that takes long. */
+#define TENTH_SECONDS 0.5
+#define LINE_SECONDS 2.0
 
 double progress_clock(void) {
     struct timespec now;
@@ -86,7 +89,7 @@ void progress_update(struct progress *p, int64_t done, const char *note) {
         return;
     }
     const int tenth = p->total > 0 ? (int)(10 * done / p->total) : 0;
-    if (now - p->last < 2 || (tenth == p->last_tenth && now - p->last < 10)) return;
+    if (now - p->last < (tenth == p->last_tenth ? LINE_SECONDS : TENTH_SECONDS)) return;
     char eta[32];
     const double share = p->total > 0 ? (double)done / (double)p->total : 0;
     log_info("%s: %.0f %%%s%s, %s left", p->what, 100 * share, note ? ", " : "", note ? note : "",

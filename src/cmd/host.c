@@ -9,16 +9,31 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include "base/fault.h"
 #include "base/log.h"
+#include "cmd/watch.h"
 
 /* ---- joining ---- */
 
-/* Under mpirun the helper is wanted once; this is known from the launcher before MPI_Init. */
-static bool launched_as_other_rank(void) {
+/* As the launcher says, before MPI_Init does. */
+static int launched_rank(void) {
     const char *rank = getenv("OMPI_COMM_WORLD_RANK");
     if (!rank) rank = getenv("PMIX_RANK");
-    return rank && strcmp(rank, "0") != 0;
+    return rank ? atoi(rank) : 0;
 }
+
+static const struct watch_stage joining = {
+    "joining the job (MPI_Init)",
+    "a rank has not come: check that all start the same program with the same Open MPI, and that "
+    "their hosts reach one another; --collective-timeout sets how long to wait",
+    STATUS_COMM};
+static const struct watch_stage starting = {"starting up", "", STATUS_WATCHDOG};
+static const struct watch_stage running = {"running", "", STATUS_WATCHDOG};
+static const struct watch_stage preflight_stage = {
+    "the first exchange between all ranks (preflight)",
+    "on one host check /dev/shm and the binding (mpirun --bind-to none); between hosts name the "
+    "network interface (mpirun --mca btl_tcp_if_include IF)",
+    STATUS_COMM};
 
 static void set_log(const struct host *h) {
     static const enum log_level levels[] = {LOG_DEBUG, LOG_INFO, LOG_WARN, LOG_ERROR, LOG_OFF};
@@ -42,8 +57,16 @@ void host_phase_alone(struct host *h, const char *what, const char *detail) {
 enum status host_join(struct host *h, const struct command *command, int argc, char **argv) {
     h->command = command->bit;
     h->start = h->phase_start = progress_clock();
-    if (!launched_as_other_rank()) TRY(chat_helper_start(&h->helper));
+    h->rank = launched_rank();
+    log_set_rank(h->rank);
+    if (h->rank == 0) TRY(chat_helper_start(&h->helper));
+    const enum status status = params_parse(&h->params, command->bit, argc, argv);
+    TRY(watch_start(h->rank, h->params.collective_timeout));
+    watch_enter(&joining, h->params.collective_timeout);
+    fault_sleep("init-delay");
     TRY(comm_open(&argc, &argv, &h->comm));
+    watch_enter(&starting, 0);
+    watch_joined(comm_local_size(h->comm));
     h->rank = comm_rank(h->comm);
     h->ranks = comm_size(h->comm);
     h->shard_rank = h->rank;
@@ -52,7 +75,6 @@ enum status host_join(struct host *h, const struct command *command, int argc, c
         chat_helper_stop(h->helper);
         h->helper = NULL;
     }
-    const enum status status = params_parse(&h->params, command->bit, argc, argv);
     TRY(comm_agree(h->comm, status));
     if (h->params.help) {
         char program[64];
@@ -283,6 +305,7 @@ struct loading {
 
 static void on_load(void *user, int64_t done, int64_t total) {
     struct loading *loading = user;
+    fault_sleep("load-delay");
     struct progress *progress = &loading->progress;
     if (loading->host->on_load && total > 0) {
         loading->host->on_load(loading->host->on_load_user, (double)done / (double)total);
@@ -327,6 +350,38 @@ static enum status setup_comm(struct host *h) {
     return comm_setup(h->comm, &config);
 }
 
+/* A sum of every size class, checked: what can be wrong with the ways between ranks shows here, and
+ * not in a client's first request. Of device memory only the first step can tell. */
+static enum status preflight(struct host *h) {
+    enum { LIMIT_SECONDS = 30 };
+    const size_t most = (size_t)h->model_options.rows_max * (size_t)h->source->config.hidden;
+    const double given = h->params.collective_timeout;
+    /* a little less than the deadline of a single exchange, so that the advice is what is read */
+    const double limit = 0.85 * (given > 0 && given < LIMIT_SECONDS ? given : LIMIT_SECONDS);
+    if (h->ranks == 1 || h->backend->ops->free_bytes) return STATUS_OK;
+    float *sum = malloc(most * sizeof *sum);
+    if (!sum) return fail(STATUS_MEMORY, "no memory for the preflight");
+    watch_enter(&preflight_stage, limit);
+    fault_sleep("preflight-delay");
+    bool right = true;
+    for (size_t count = 1, last = 0; count != last;
+         last = count, count = most / 2 < count ? most : 2 * count) {
+        float *slot = comm_slot(h->comm);
+        for (size_t i = 0; i < count; i++) slot[i] = (float)(h->rank + 1 + (int)(i % 13));
+        comm_all_reduce(h->comm, count, sum);
+        for (size_t i = 0; i < count; i++)
+            right = right &&
+                    sum[i] == (float)(h->ranks * (h->ranks + 1) / 2 + h->ranks * (int)(i % 13));
+    }
+    watch_enter(&starting, 0);
+    free(sum);
+    if (right) return STATUS_OK;
+    return fail(STATUS_COMM,
+                "preflight: ranks exchange wrong sums over path %s: try --comm mpi, and `sfumato "
+                "selftest comm` says more",
+                comm_path_name(h->comm));
+}
+
 /* One line a rank: where it is and what it holds. */
 struct rank_row {
     char name[64];
@@ -363,6 +418,7 @@ static void log_ranks(struct host *h) {
 }
 
 void host_log_ready(const struct host *h) {
+    watch_enter(&running, 0);
     log_info("ready: %s, %d rank%s, %s, %s weights, numeric class %s, %.2f s", h->model_name,
              h->ranks, h->ranks == 1 ? "" : "s", backend_isa_name(h->backend->isa),
              h->model_options.weight_dtype == BACKEND_F32 ? "f32" : "bf16",
@@ -378,7 +434,8 @@ enum status host_open_model(struct host *h) {
     TRY(host_phase(h, STATUS_OK, "compute backend", backend_isa_name(h->backend->isa)));
     TRY(load_weights(h));
     const enum status connected = setup_comm(h);
-    TRY(host_phase(h, connected, "communication", comm_path_name(h->comm)));
+    TRY(comm_agree(h->comm, connected));
+    TRY(host_phase(h, preflight(h), "communication", comm_path_name(h->comm)));
     TRY(host_phase(h, model_kv_new(h->model, h->engine_options.page_count), "KV cache", NULL));
     log_ranks(h);
     const double tokens = 64.0 * h->engine_options.page_count;
@@ -386,7 +443,7 @@ enum status host_open_model(struct host *h) {
     log_info("Maximum concurrency for %lld tokens per request: %.2fx",
              (long long)h->engine_options.max_model_len,
              tokens / (double)h->engine_options.max_model_len);
-    if (h->command != PARAMS_SERVE) host_log_ready(h);
+    if (h->command != PARAMS_SERVE || h->rank > 0) host_log_ready(h);
     return STATUS_OK;
 }
 
@@ -403,6 +460,7 @@ int host_leave(struct host *h, enum status status) {
         log_failure(fault.status == status ? fault.text : status_name(status));
     }
     comm_close(h->comm);
+    watch_stop();
     if (h->backend) h->backend->ops->close(h->backend); /* its memory may be the comm's slots */
     params_fini(&h->params);
     return status == STATUS_END ? 0 : status == STATUS_REQUEST ? STATUS_USAGE : (int)status;

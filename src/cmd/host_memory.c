@@ -41,10 +41,11 @@ int64_t host_free_bytes(void) {
     const int64_t limit = read_number("/sys/fs/cgroup/memory.max", ""); /* -1 for "max" */
     const int64_t used = read_number("/sys/fs/cgroup/memory.current", "");
     if (limit > 0 && used >= 0 && limit - used < available) available = limit - used;
-    struct rlimit rlimit;
-    if (getrlimit(RLIMIT_AS, &rlimit) == 0 && rlimit.rlim_cur != RLIM_INFINITY &&
-        (int64_t)rlimit.rlim_cur < available) {
-        available = (int64_t)rlimit.rlim_cur;
+    struct rlimit rlimit; /* ulimit -v: of address space, part of which is taken */
+    if (getrlimit(RLIMIT_AS, &rlimit) == 0 && rlimit.rlim_cur != RLIM_INFINITY) {
+        const int64_t taken = read_number("/proc/self/status", "VmSize:") * 1024;
+        if ((int64_t)rlimit.rlim_cur - taken < available)
+            available = (int64_t)rlimit.rlim_cur - taken;
     }
     return available > 0 ? available : 0;
 }
@@ -68,20 +69,29 @@ static enum status no_room(int64_t needed, int64_t available, int64_t tokens) {
                 advice);
 }
 
+/* The part of what is left after weights and scratch that pages may take. */
+static double kv_share(const struct host *h) {
+    return h->backend->ops->free_bytes ? KV_SHARE_DEVICE : KV_SHARE;
+}
+
+/* Weights, scratch, and what must stay free. */
+static int64_t fixed_bytes(const struct host *h) {
+    const int64_t reserve = h->backend->ops->free_bytes ? DEVICE_RESERVE_BYTES : 0;
+    return h->need.weight_bytes + h->need.scratch_bytes + reserve;
+}
+
 /* Pages this rank can hold, and its own view of whether the model fits at all. */
 static enum status own_pages(struct host *h, int64_t *pages, int64_t *available) {
     const int local = comm_local_size(h->comm);
     TRY(model_need(&h->source->config, &h->model_options, h->shard_ranks, h->shard_rank, &h->need));
     const struct backend_ops *ops = h->backend->ops;
     *available = ops->free_bytes ? ops->free_bytes(h->backend) : host_free_bytes() / local;
-    const double share = ops->free_bytes ? KV_SHARE_DEVICE : KV_SHARE;
-    const int64_t reserve = ops->free_bytes ? DEVICE_RESERVE_BYTES : 0;
-    const int64_t fixed = h->need.weight_bytes + h->need.scratch_bytes + reserve;
+    const int64_t fixed = fixed_bytes(h);
     const int64_t page = h->need.kv_bytes_per_page > 0 ? h->need.kv_bytes_per_page : 1;
     if (fixed + page > *available) return no_room(fixed + page, *available, 0);
     const int64_t left = *available - fixed;
     *pages = h->params.kv_memory > 0 ? h->params.kv_memory / page
-                                     : (int64_t)(share * (double)left) / page;
+                                     : (int64_t)(kv_share(h) * (double)left) / page;
     if (h->params.kv_memory > left)
         return no_room(fixed + h->params.kv_memory, *available, left / page * 64);
     return STATUS_OK;
@@ -108,15 +118,15 @@ enum status host_plan_memory(struct host *h) {
                         progress_bytes((double)h->need.kv_bytes_per_page, one));
         }
         if (h->params.max_model_len > 0 || pages < 1) {
-            return no_room(
-                h->need.weight_bytes + h->need.scratch_bytes + whole * h->need.kv_bytes_per_page,
-                available, fits);
+            const double kv = (double)(whole * h->need.kv_bytes_per_page) / kv_share(h);
+            return no_room(fixed_bytes(h) + (int64_t)kv, available, fits);
         }
         log_info("the model's %lld positions are cut to %lld, which is what the KV cache holds",
                  (long long)h->engine_options.max_model_len, (long long)fits);
         h->engine_options.max_model_len = fits;
         h->model_options.max_positions = (int)fits;
-        TRY(model_need(&h->source->config, &h->model_options, h->shard_ranks, h->shard_rank, &h->need));
+        TRY(model_need(&h->source->config, &h->model_options, h->shard_ranks, h->shard_rank,
+                       &h->need));
     }
     h->engine_options.page_count = (int32_t)pages;
     h->facts.max_model_len = h->engine_options.max_model_len;

@@ -9,10 +9,12 @@
 #include <stdio.h>
 #include <string.h>
 #include <time.h>
+#include <unistd.h>
 
 #include "base/alloc_watch.h"
 #include "base/log.h"
 #include "cmd/commands.h"
+#include "cmd/watch.h"
 #include "kv/pages.h"
 #include "serve/net.h"
 
@@ -41,6 +43,7 @@ static void publish(struct serving *s) {
     engine_counters_get(s->engine, now);
     comm_times_get(s->host->comm, &s->times);
     atomic_store_explicit(&s->wires->running, now->running, memory_order_relaxed);
+    atomic_store_explicit(&s->wires->step, now->steps, memory_order_relaxed);
     metric_set(m, METRIC_pages, FREE, now->pages_free);
     metric_set(m, METRIC_pages, CACHED, now->pages_cached);
     metric_set(m, METRIC_pages, USED, now->pages_used);
@@ -76,8 +79,7 @@ static void on_event(void *user, const struct engine_event *event) {
 static bool obey(struct serving *s, const struct down_message *m) {
     switch (m->kind) {
         case DOWN_SUBMIT:
-            if ((m->task ? engine_take(s->engine, m->task)
-                         : engine_submit(s->engine, m->request)) != STATUS_OK) {
+            if (engine_take(s->engine, m->task) != STATUS_OK) {
                 up_refused(s->wires->up, m->request->id, fail_last());
             }
             return true;
@@ -106,9 +108,24 @@ static void work(struct serving *s) {
     }
 }
 
+/* By the engine thread (comm_abort) or the one that watches: the last chance to tell clients. */
 static void on_abort(void *user, int exit_code, const char *text) {
     struct serving *s = user;
+    char host[64] = "?";
+    gethostname(host, sizeof host - 1);
+    log_error("rank 0 on %s ends the job at step %llu", host,
+              (unsigned long long)atomic_load(&s->wires->step));
     net_engine_died(s->net, exit_code, text);
+}
+
+/* A broken invariant anywhere in this process, or a device fault: what is wrong has been printed. */
+static net *net_to_tell;
+
+static void on_bug(int exit_code) {
+    net *n = net_to_tell;
+    if (n && !net_is_this_thread(n)) net_engine_died(n, exit_code, "a bug in the server");
+    _exit(
+        exit_code); /* the launcher ends the other ranks; any thread may come here, so not by MPI */
 }
 
 /* ---- facts for clients ---- */
@@ -164,6 +181,9 @@ static enum status start_net(struct serving *s) {
     s->host->on_load = on_load;
     s->host->on_load_user = s->net;
     comm_on_abort(s->host->comm, on_abort, s);
+    watch_on_end(on_abort, s);
+    net_to_tell = s->net;
+    check_on_bug(on_bug);
     return net_start(s->net);
 }
 
@@ -247,6 +267,8 @@ out:
         status = fail(STATUS_PARTIAL, "requests were aborted");
     }
     comm_on_abort(h->comm, NULL, NULL);
+    watch_on_end(NULL, NULL);
+    net_to_tell = NULL;
     net_free(s.net);
     engine_free(s.engine);
     return status;

@@ -28,7 +28,7 @@ struct ticket *ticket_find(service *s, uint64_t id) {
     return t->call && t->serial == id >> 32 ? t : NULL;
 }
 
-static void take_ticket(call *c, int place, int prompt, bool score) {
+static enum status take_ticket(call *c, int place, int prompt, bool score) {
     service *s = c->service;
     ASSERT_LE(0, s->first_free); /* admission: a ticket holds at least one sequence */
     const int index = s->first_free;
@@ -45,6 +45,7 @@ static void take_ticket(call *c, int place, int prompt, bool score) {
     t->open_count = t->request.choices;
     c->tickets[place] = index;
     c->tickets_open++;
+    return task_new(&t->request, s->facts->vocab_count, &t->task);
 }
 
 void call_release_ticket(call *c, struct ticket *t) {
@@ -53,16 +54,19 @@ void call_release_ticket(call *c, struct ticket *t) {
     for (int i = 0; i < c->ticket_count; i++) {
         if (c->tickets[i] == index) c->tickets[i] = -1;
     }
+    task_free(t->task);
+    t->task = NULL;
     t->call = NULL;
     t->next_free = s->first_free;
     s->first_free = index;
     c->tickets_open--;
 }
 
-static void submit(service *s, const struct ticket *t) {
+static void submit(service *s, struct ticket *t) {
     struct down_message *m = mailbox_reserve(s->wires->down, sizeof *m);
-    *m = (struct down_message){.kind = DOWN_SUBMIT, .request = &t->request};
+    *m = (struct down_message){.kind = DOWN_SUBMIT, .request = &t->request, .task = t->task};
     mailbox_commit(s->wires->down, sizeof *m);
+    t->task = NULL;
 }
 
 void call_send_cancel(service *s, const struct ticket *t, int choice) {
@@ -291,15 +295,29 @@ static void enlist(call *c, const struct load *l) {
     for (int i = 0; i < c->choice_count; i++) choice_enter(c, &c->choices[i], CHOICE_PREFILL);
 }
 
+/* Tickets with all the memory the engine will need for them: here, not on the engine thread. */
+static enum status take_tickets(call *c, const struct load *l) {
+    for (int p = 0; p < c->body.prompt_count; p++) {
+        const int place = p * (l->scores + l->generates);
+        if (l->scores) TRY(take_ticket(c, place, p, true));
+        if (l->generates) TRY(take_ticket(c, place + l->scores, p, false));
+    }
+    return STATUS_OK;
+}
+
+/* Of a call that never came to the engine. */
+static void drop_tickets(call *c) {
+    for (int i = 0; c->tickets && i < c->ticket_count; i++) {
+        if (c->tickets[i] >= 0) call_release_ticket(c, &c->service->tickets[c->tickets[i]]);
+    }
+}
+
 /* Gives the prompts to the engine. Nothing fails here. */
 static void submit_all(call *c, const struct load *l) {
     service *s = c->service;
     c->tokens = l->tokens;
     s->waiting_tokens += c->tokens;
     for (int p = 0; p < c->body.prompt_count; p++) {
-        const int place = p * (l->scores + l->generates);
-        if (l->scores) take_ticket(c, place, p, true);
-        if (l->generates) take_ticket(c, place + l->scores, p, false);
         metric_observe(s->metrics, METRIC_prompt_tokens_request, 0,
                        (double)c->body.prompts[p].count);
         metric_observe(s->metrics, METRIC_params_max_tokens, 0,
@@ -330,12 +348,13 @@ static void on_rendered(void *user, const char *text, size_t n) {
     call *c = user;
     struct load l;
     c->render = NULL;
-    if (text && end_body(c, text, n, &l) == STATUS_OK) {
+    if (text && end_body(c, text, n, &l) == STATUS_OK && take_tickets(c, &l) == STATUS_OK) {
         submit_all(c, &l);
         return;
     }
     const struct refused why = refusal_of(c);
     record_refused(c->request_id, c->trace_id, &why);
+    drop_tickets(c);
     leave(c);
     c->busy = true;
     c->front->end(c->user, c, &why);
@@ -379,6 +398,7 @@ static enum status open_call(call *c, const struct call_options *o) {
     c->timer = evtimer_new(s->base, idle ? on_nothing_to_do : on_deadline, c);
     if (!c->tickets || !c->timer) TRY_GOTO(fail(STATUS_MEMORY, "no memory for a request"), out);
     for (int i = 0; i < l.tickets; i++) c->tickets[i] = -1;
+    if (!b->chat) TRY_GOTO(take_tickets(c, &l), out);
     if (b->chat) TRY_GOTO(render_start(s->renderer, &t, on_rendered, c, &c->render), out);
     enlist(c, &l); /* from here on nothing fails */
     if (!b->chat) submit_all(c, &l);
@@ -390,6 +410,7 @@ out:
 
 /* Not by service_free: it was never on the list. */
 static void discard(call *c) {
+    drop_tickets(c);
     for (int i = 0; c->choices && i < c->choice_count; i++) reply_free(c->choices[i].reply);
     if (c->timer) event_free(c->timer);
     free(c->choices);

@@ -75,6 +75,7 @@ struct wires {
     mailbox *down, *up;
     _Atomic int load_permille; /* progress of loading, set by the main thread */
     _Atomic int running;       /* sequences in the batch, set by the worker after a step */
+    _Atomic uint64_t step;     /* the last one, set by the worker: for the log of a failure */
     int page_tokens;           /* of a KV page, set before up_ready */
 };
 enum status wires_open(struct wires *w, int sequences_max);

@@ -61,7 +61,7 @@ struct net {
     double deadline; /* of the phase */
     bool stop_sent, aborting;
     /* set by the main thread, then wake_fd is rung */
-    _Atomic bool joining, died, dead_written;
+    _Atomic bool joining, dying, died, dead_written;
     char death[FAULT_TEXT_BYTES];
 };
 
@@ -173,8 +173,8 @@ static void on_signal(evutil_socket_t fd, short what, void *user) {
             log_warn("stopped by signal %d while loading", (int)s.ssi_signo);
             leave_at_once(STATUS_PARTIAL);
         } else if (is_from_launcher(n, &s)) {
-            log_warn("the launcher stops this job: %d requests are aborted",
-                     service_calls(n->service));
+            log_warn("the launcher stops this job at step %llu: %d requests are aborted",
+                     (unsigned long long)atomic_load(&n->wires.step), service_calls(n->service));
             service_end_all(n->service, REFUSAL_DRAINING, "the server is shutting down");
             enter(n, NET_FAST, FAST_SECONDS);
         } else if (state == SERVICE_READY) {
@@ -355,12 +355,18 @@ void net_ready(net *n, const struct body_facts *facts) {
 
 void net_engine_died(net *n, int exit_code, const char *text) {
     enum { WAIT_MS = 600 };
-    snprintf(n->death, sizeof n->death, "the engine stopped (status %d): %.900s", exit_code, text);
+    if (!atomic_exchange(&n->dying, true)) /* two threads may find out at once */
+        snprintf(n->death, sizeof n->death, "the engine stopped (status %d): %.900s", exit_code,
+                 text);
     atomic_store(&n->died, true);
     ring(n);
     for (int ms = 0; n->started && ms < WAIT_MS && !atomic_load(&n->dead_written); ms += POLL_MS) {
         thrd_sleep(&(struct timespec){.tv_nsec = POLL_MS * 1000000}, NULL);
     }
+}
+
+bool net_is_this_thread(const net *n) {
+    return n->started && thrd_equal(n->thread, thrd_current());
 }
 
 bool net_join(net *n) {

@@ -59,9 +59,10 @@ int net_port(const net *n);              /* of HTTP */
 void net_progress(net *n, double ratio); /* any thread */
 /* The engine is there: facts stay valid until net_join. Main thread. */
 void net_ready(net *n, const struct body_facts *facts);
-/* The engine thread is about to end the job with this code (watchdog): writes error events to all
- * clients and returns after at most half a second. Main thread. */
+/* This process is about to end the job with this code (watchdog, bug): writes error events to all
+ * clients and returns after at most half a second. Any thread but the net thread. */
 void net_engine_died(net *n, int exit_code, const char *text);
+bool net_is_this_thread(const net *n);
 /* After DOWN_STOP: waits until the last answers are written. True: requests were aborted. Without a
  * ready engine: stops the loop at once. */
 bool net_join(net *n);

@@ -31,6 +31,7 @@ struct ticket {
     int open_count; /* sequences the engine has not ended */
     bool started;   /* a first event came */
     struct request request;
+    struct task *task; /* until the engine has it */
     int next_free;
 };
 

@@ -1,0 +1,198 @@
+/* watch.c: see watch.h.
+ *
+ *   every 100 ms:  stage over its limit? ─┐
+ *                  a sibling in state T?  ─┴─► one line ─► hook (rank 0: error events) ─► _exit
+ *
+ * Siblings are the children of the launcher, known by their parent in /proc/N/stat; their ranks
+ * stand in their environment. A stop is counted in looks, not in time, so that a job that was
+ * suspended and resumed as a whole is not taken for one with a rank missing.
+ */
+#include "cmd/watch.h"
+
+#include <dirent.h>
+#include <poll.h>
+#include <stdatomic.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/eventfd.h>
+#include <threads.h>
+#include <unistd.h>
+
+#include "base/log.h"
+#include "base/progress.h"
+
+enum { LOOK_MS = 100, SIBLINGS_MAX = 64, LATER_SECONDS = 2, LIMIT_LATER_SECONDS = 3 };
+#define MARGIN_SECONDS 0.5 /* a step's own deadline, with the better message, comes first */
+
+struct sibling {
+    pid_t pid;
+    int rank, stopped_looks;
+};
+
+static struct {
+    thrd_t thread;
+    bool running;
+    int stop_fd; /* an eventfd: readable when the thread shall end */
+    int rank;
+    double seconds;
+    pid_t launcher;
+    char host[64];
+    struct sibling siblings[SIBLINGS_MAX];
+    int sibling_count;
+    _Atomic int expected; /* siblings there must be; -1: not known yet */
+    _Atomic(const struct watch_stage *) stage;
+    _Atomic double limit; /* clock; 0: none */
+    _Atomic(void *) hook_user;
+    void (*_Atomic hook)(void *user, int exit_code, const char *text);
+} watch;
+
+/* ---- /proc ---- */
+
+/* The whole of a small file, NUL-terminated; its length, or -1. */
+static ssize_t slurp(pid_t pid, const char *name, char *text, size_t size) {
+    char path[64];
+    snprintf(path, sizeof path, "/proc/%d/%s", (int)pid, name);
+    FILE *file = fopen(path, "re");
+    if (!file) return -1;
+    const size_t n = fread(text, 1, size - 1, file);
+    fclose(file);
+    text[n] = '\0';
+    return (ssize_t)n;
+}
+
+/* "pid (name) state parent ...": the name may hold anything, so look from its end. */
+static bool read_state(pid_t pid, char *state, pid_t *parent) {
+    char text[512];
+    int ppid;
+    if (slurp(pid, "stat", text, sizeof text) < 0) return false;
+    const char *after = strrchr(text, ')');
+    if (!after || sscanf(after + 1, " %c %d", state, &ppid) != 2) return false;
+    *parent = ppid;
+    return true;
+}
+
+static int read_rank(pid_t pid) {
+    static const char name[] = "OMPI_COMM_WORLD_RANK=";
+    static char text[1 << 16];
+    const ssize_t n = slurp(pid, "environ", text, sizeof text);
+    for (ssize_t at = 0; at < n; at += (ssize_t)strlen(text + at) + 1) {
+        if (strncmp(text + at, name, sizeof name - 1) == 0)
+            return atoi(text + at + sizeof name - 1);
+    }
+    return -1;
+}
+
+static bool is_known(pid_t pid) {
+    for (int i = 0; i < watch.sibling_count; i++) {
+        if (watch.siblings[i].pid == pid) return true;
+    }
+    return false;
+}
+
+static void find_siblings(void) {
+    DIR *all = opendir("/proc");
+    if (!all) return;
+    for (const struct dirent *d; (d = readdir(all)) && watch.sibling_count < SIBLINGS_MAX;) {
+        const pid_t pid = (pid_t)atoi(d->d_name), self = getpid();
+        char state;
+        pid_t parent;
+        if (pid <= 0 || pid == self || is_known(pid)) continue;
+        if (!read_state(pid, &state, &parent) || parent != watch.launcher) continue;
+        const int rank = read_rank(pid);
+        if (rank < 0) continue; /* not a rank (yet): the launcher may have other children */
+        watch.siblings[watch.sibling_count++] = (struct sibling){.pid = pid, .rank = rank};
+    }
+    closedir(all);
+}
+
+/* ---- the end ---- */
+
+static void leave(int exit_code, const char *text) {
+    void (*const hook)(void *, int, const char *) = atomic_load(&watch.hook);
+    log_failure(text);
+    if (hook) hook(atomic_load(&watch.hook_user), exit_code, text);
+    _exit(exit_code);
+}
+
+static void check_siblings(const char *stage) {
+    for (int i = 0; i < watch.sibling_count; i++) {
+        struct sibling *s = &watch.siblings[i];
+        char state, text[320];
+        pid_t parent;
+        /* one that is gone is the launcher's business */
+        const bool stopped = read_state(s->pid, &state, &parent) && state == 'T';
+        s->stopped_looks = stopped ? s->stopped_looks + 1 : 0;
+        double patience = watch.seconds + MARGIN_SECONDS;
+        if (watch.rank > 0 && s->rank > 0) patience += LATER_SECONDS;
+        if (1e-3 * LOOK_MS * s->stopped_looks < patience) continue;
+        snprintf(
+            text, sizeof text,
+            "rank %d on %s (process %d) has been stopped for %.1f s (rank %d: %s): stopping all "
+            "ranks",
+            s->rank, watch.host, (int)s->pid, watch.seconds, watch.rank, stage);
+        leave(STATUS_WATCHDOG, text);
+    }
+}
+
+static void check_limit(const struct watch_stage *stage) {
+    const double limit = atomic_load(&watch.limit), now = progress_clock();
+    char text[480];
+    if (limit == 0 || now < limit + (watch.rank > 0 ? LIMIT_LATER_SECONDS : 0)) return;
+    snprintf(text, sizeof text, "rank %d on %s: %s takes too long: %s", watch.rank, watch.host,
+             stage->name, stage->advice);
+    leave(stage->exit_code, text);
+}
+
+static int look(void *unused) {
+    (void)unused;
+    struct pollfd stop = {.fd = watch.stop_fd, .events = POLLIN};
+    while (poll(&stop, 1, LOOK_MS) <= 0) {
+        const struct watch_stage *stage = atomic_load(&watch.stage);
+        const int expected = atomic_load(&watch.expected);
+        if (expected < 0 || watch.sibling_count < expected) find_siblings();
+        check_limit(stage);
+        if (watch.seconds > 0) check_siblings(stage->name);
+    }
+    return 0;
+}
+
+/* ---- the main thread ---- */
+
+enum status watch_start(int rank, double seconds) {
+    static const struct watch_stage starting = {"starting", "", STATUS_WATCHDOG};
+    if (!getenv("OMPI_COMM_WORLD_SIZE")) return STATUS_OK;
+    watch.rank = rank;
+    watch.seconds = seconds;
+    watch.launcher = getppid();
+    atomic_store(&watch.expected, -1);
+    atomic_store(&watch.stage, &starting);
+    if (gethostname(watch.host, sizeof watch.host - 1) != 0) strcpy(watch.host, "?");
+    watch.stop_fd = eventfd(0, EFD_CLOEXEC);
+    if (watch.stop_fd < 0 || thrd_create(&watch.thread, look, NULL) != thrd_success)
+        return fail(STATUS_MEMORY, "the system gives no thread to watch the other ranks");
+    watch.running = true;
+    return STATUS_OK;
+}
+
+void watch_enter(const struct watch_stage *stage, double limit_seconds) {
+    atomic_store(&watch.limit, 0);
+    atomic_store(&watch.stage, stage);
+    if (limit_seconds > 0) atomic_store(&watch.limit, progress_clock() + limit_seconds);
+}
+
+void watch_joined(int local_size) { atomic_store(&watch.expected, local_size - 1); }
+
+void watch_on_end(void (*hook)(void *user, int exit_code, const char *text), void *user) {
+    atomic_store(&watch.hook, NULL);
+    atomic_store(&watch.hook_user, user);
+    atomic_store(&watch.hook, hook);
+}
+
+void watch_stop(void) {
+    if (!watch.running) return;
+    eventfd_write(watch.stop_fd, 1);
+    thrd_join(watch.thread, NULL);
+    close(watch.stop_fd);
+    watch.running = false;
+}
