@@ -94,10 +94,14 @@ size_t kernels_matrix_bytes(const struct kernels_matrix *m);
  * to bf16 (RNE). The padding of data must have been zeroed before. */
 int kernels_pack(kernels_stream stream, const struct kernels_matrix *m, int part, int64_t row_begin,
                  int64_t row_count, const float *rows);
-/* The same for an fp8 matrix: q = e4m3(row / scale), to nearest. scales: one for each block of 128
- * columns (col_tiles / 8 of them), of all these rows. row_begin: a multiple of 8; at most 128 rows. */
+/* The same of numbers that have been rounded already. */
+int kernels_pack_bf16(kernels_stream stream, const struct kernels_matrix *m, int part,
+                      int64_t row_begin, int64_t row_count, const uint16_t *rows);
+/* Of an fp8 matrix: codes, and for each 128 rows from row_begin on (a multiple of 8) the scales of
+ * their blocks of 128 columns: scales[ceil(row_count / 128)][col_tiles / 8]. */
 int kernels_pack_fp8(kernels_stream stream, const struct kernels_matrix *m, int part,
-                     int64_t row_begin, int64_t row_count, const float *rows, const float *scales);
+                     int64_t row_begin, int64_t row_count, const uint8_t *rows,
+                     const float *scales);
 
 /* ---- embedding and norms (rows.cu) ---- */
 

@@ -5,7 +5,7 @@
  */
 #include "kernels/tile.cuh"
 
-enum { PACK_THREADS = 256 };
+enum { PACK_THREADS = 256, ROWS_A_LAUNCH = 32768 /* of a grid's 65,535 */ };
 
 extern "C" bool kernels_matrix_shape(enum kernels_dtype dtype, enum kernels_kind kind, int64_t rows, int64_t cols,
                                      int slab_count, const int64_t *slab_begin,
@@ -78,15 +78,19 @@ static __device__ __forceinline__ bool pack_find(const struct kernels_matrix &m,
     return true;
 }
 
+static __device__ __forceinline__ bf16 as_bf16(float x) { return bf16_from_float(x); }
+static __device__ __forceinline__ bf16 as_bf16(bf16 x) { return x; }
+
+template <typename T>
 static __global__ void __launch_bounds__(PACK_THREADS)
     pack(const __grid_constant__ struct kernels_matrix m, int part, int64_t row_begin,
-         const float *rows) {
+         const T *rows) {
     struct pack_place at;
     after_previous();
     if (!pack_find(m, part, row_begin, &at)) return;
-    const float *from = rows + (int64_t)blockIdx.y * m.cols + at.column;
+    const T *from = rows + (int64_t)blockIdx.y * m.cols + at.column;
     bf16 out[4];
-    for (int i = 0; i < 4; i++) out[i] = i < at.left ? bf16_from_float(from[i]) : (bf16)0;
+    for (int i = 0; i < 4; i++) out[i] = i < at.left ? as_bf16(from[i]) : (bf16)0;
     bf16 *to = (bf16 *)m.data + matrix_offset(&m, at.row_tile, at.row, at.tile, at.quad);
     memcpy(to, out, sizeof out);
 }
@@ -94,44 +98,59 @@ static __global__ void __launch_bounds__(PACK_THREADS)
 /* The rows of a half tile bring the same scales: whoever comes last stores them again. */
 static __global__ void __launch_bounds__(PACK_THREADS)
     pack_fp8(const __grid_constant__ struct kernels_matrix m, int part, int64_t row_begin,
-             const float *rows, const float *scales) {
+             const fp8 *rows, const float *scales) {
     struct pack_place at;
     after_previous();
     if (!pack_find(m, part, row_begin, &at)) return;
-    const float *from = rows + (int64_t)blockIdx.y * m.cols + at.column;
-    const int block = at.tile / FP8_TILES;
-    const float scale = scales[block];
+    const fp8 *from = rows + (int64_t)blockIdx.y * m.cols + at.column;
     fp8 out[4];
-    for (int i = 0; i < 4; i++)
-        out[i / 2 + i % 2 * 2] = i < at.left ? fp8_quantise(from[i], scale) : (fp8)0;
+    for (int i = 0; i < 4; i++) out[i / 2 + i % 2 * 2] = i < at.left ? from[i] : (fp8)0;
     fp8 *to = (fp8 *)m.data + matrix_fp8_offset(&m, at.row_tile, at.row, at.tile, at.quad);
     memcpy(to, out, sizeof out);
-    if (at.tile % FP8_TILES == 0 && at.quad == 0)
-        matrix_scales(&m)[(at.row_tile * (m.col_tiles / FP8_TILES) + block) * 2 + at.row / 8] =
-            scale;
+    if (at.tile % FP8_TILES != 0 || at.quad != 0) return;
+    const int block = at.tile / FP8_TILES, blocks = m.col_tiles / FP8_TILES;
+    matrix_scales(&m)[(at.row_tile * blocks + block) * 2 + at.row / 8] =
+        scales[(int64_t)(blockIdx.y / FP8_BLOCK) * blocks + block];
 }
 
-extern "C" int kernels_pack(kernels_stream stream, const struct kernels_matrix *m, int part,
-                            int64_t row_begin, int64_t row_count, const float *rows) {
-    enum { ROWS_A_LAUNCH = 32768 };
+template <typename T>
+static int pack_run(kernels_stream stream, const struct kernels_matrix *m, int part,
+                    int64_t row_begin, int64_t row_count, const T *rows) {
     if (m->col_tiles == 0) return 0;
     for (int64_t done = 0; done < row_count; done += ROWS_A_LAUNCH) {
         const int64_t n =
             row_count - done < ROWS_A_LAUNCH ? row_count - done : (int64_t)ROWS_A_LAUNCH;
-        KERNELS_LAUNCH(pack, dim3(blocks_of((int64_t)m->col_tiles * 4, PACK_THREADS), (unsigned)n),
+        KERNELS_LAUNCH(pack<T>,
+                       dim3(blocks_of((int64_t)m->col_tiles * 4, PACK_THREADS), (unsigned)n),
                        dim3(PACK_THREADS), 0, stream, *m, part, row_begin + done,
                        rows + done * m->cols);
     }
     return (int)cudaGetLastError();
 }
 
+extern "C" int kernels_pack(kernels_stream stream, const struct kernels_matrix *m, int part,
+                            int64_t row_begin, int64_t row_count, const float *rows) {
+    return pack_run(stream, m, part, row_begin, row_count, rows);
+}
+
+extern "C" int kernels_pack_bf16(kernels_stream stream, const struct kernels_matrix *m, int part,
+                                 int64_t row_begin, int64_t row_count, const uint16_t *rows) {
+    return pack_run(stream, m, part, row_begin, row_count, rows);
+}
+
 extern "C" int kernels_pack_fp8(kernels_stream stream, const struct kernels_matrix *m, int part,
-                                int64_t row_begin, int64_t row_count, const float *rows,
+                                int64_t row_begin, int64_t row_count, const uint8_t *rows,
                                 const float *scales) {
-    if (m->col_tiles == 0 || row_count == 0) return 0;
-    if (row_begin % TILE_UNITS != 0 || row_count > FP8_BLOCK) return 1; /* invalid value */
-    KERNELS_LAUNCH(pack_fp8,
-                   dim3(blocks_of((int64_t)m->col_tiles * 4, PACK_THREADS), (unsigned)row_count),
-                   dim3(PACK_THREADS), 0, stream, *m, part, row_begin, rows, scales);
+    if (m->col_tiles == 0) return 0;
+    if (row_begin % TILE_UNITS != 0) return 1; /* invalid value */
+    const int64_t blocks = m->col_tiles / FP8_TILES;
+    for (int64_t done = 0; done < row_count; done += ROWS_A_LAUNCH) {
+        const int64_t n =
+            row_count - done < ROWS_A_LAUNCH ? row_count - done : (int64_t)ROWS_A_LAUNCH;
+        KERNELS_LAUNCH(pack_fp8,
+                       dim3(blocks_of((int64_t)m->col_tiles * 4, PACK_THREADS), (unsigned)n),
+                       dim3(PACK_THREADS), 0, stream, *m, part, row_begin + done,
+                       rows + done * m->cols, scales + done / FP8_BLOCK * blocks);
+    }
     return (int)cudaGetLastError();
 }

@@ -84,8 +84,8 @@ static void weights_new(struct weights *w, const struct shape *s, enum kernels_k
         const size_t n = (size_t)(s->rows * s->cols);
         w->scales[part] = malloc(n * sizeof(float));
         w->codes[part] = malloc(n);
-        for (int64_t r = 0, count; r < s->rows; r += count) {
-            float scales[64] = {0};
+        float all_scales[2 * 64] = {0}, *scales = all_scales;
+        for (int64_t r = 0, count; r < s->rows; r += count, scales += blocks) {
             count = s->rows - r < GROUP ? s->rows - r : GROUP;
             for (int64_t i = r; i < r + count; i++)
                 for (int64_t k = 0; k < s->cols; k++) {
@@ -99,9 +99,8 @@ static void weights_new(struct weights *w, const struct shape *s, enum kernels_k
                     w->scales[part][at] = scales[block_of(begin, k)];
                     w->codes[part][at] = fp8_quantise(source[part][at], w->scales[part][at]);
                 }
-            LAUNCH(
-                kernels_pack_fp8(NULL, &w->m, part, r, count, source[part] + r * s->cols, scales));
         }
+        LAUNCH(kernels_pack_fp8(NULL, &w->m, part, 0, s->rows, w->codes[part], all_scales));
     }
 }
 

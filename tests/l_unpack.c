@@ -56,13 +56,16 @@ static void pack(struct kernels_matrix *m, float *weights) {
             continue;
         }
         float *scales = zeroed(sizeof(float) * (size_t)m->col_tiles);
+        fp8 *codes = zeroed((size_t)(BLOCK * m->cols));
         for (int64_t r = 0; r < m->rows; r += BLOCK) {
             for (int b = 0; b < m->col_tiles / (BLOCK / KERNELS_TILE); b++)
                 scales[b] = scale_of(r, b, part);
             const int64_t n = m->rows - r < BLOCK ? m->rows - r : BLOCK;
-            LAUNCH(kernels_pack_fp8(NULL, m, part, r, n, rows + r * m->cols, scales));
+            for (int64_t i = 0; i < n * m->cols; i++)
+                codes[i] = fp8_quantise(rows[r * m->cols + i], scales[block_of(m, i % m->cols)]);
+            LAUNCH(kernels_pack_fp8(NULL, m, part, r, n, codes, scales));
         }
-        free(scales);
+        free(scales), free(codes);
     }
 }
 

@@ -21,7 +21,9 @@
 #include "backend/batch.h"
 #include "base/check.h"
 
-enum backend_dtype { BACKEND_F32, BACKEND_BF16, BACKEND_FP8 }; /* fp8: e4m3, base/fp8.h */
+/* FP8 is e4m3 (base/fp8.h), of KV and of matrices: these with an fp32 scale a block of 128 x 128, their
+ * activations being bf16. */
+enum backend_dtype { BACKEND_F32, BACKEND_BF16, BACKEND_FP8 };
 enum backend_isa { ISA_AUTO, ISA_SCALAR, ISA_AVX2, ISA_AVX512, ISA_AVX512BF16, ISA_CUDA };
 /* The numeric class decides bits: all levels of FMA agree with one another; DPBF16 has its own, and a GPU its own. */
 enum backend_numerics { NUMERICS_AUTO, NUMERICS_FMA, NUMERICS_DPBF16, NUMERICS_CUDA };
@@ -81,6 +83,23 @@ struct attention_spec {
     int layer;
 };
 
+/* The way of weights to a device with memory of its own. The host threads (host_run) bring rows into
+ * the matrix's number format in one slot while the device takes them from the other. */
+enum { BACKEND_SLOTS = 2 };
+struct backend_upload {
+    /* Slots of *bytes and starts host_threads threads; *bytes: per thread on entry, of a slot on
+     * return. Until end. */
+    enum status (*begin)(backend *b, size_t *bytes, void *slot[BACKEND_SLOTS]);
+    /* Queues rows [row_begin, +row_count) of a part that lie in a slot: [row_count][K] bf16 or fp8
+     * codes; scales (fp8; in the slot): for every 128 rows from row_begin, which is a multiple of 8,
+     * one a block of 128 columns; blocks begin anew with each slab of a ROW matrix. */
+    void (*rows)(backend *b, matrix *m, int part, int64_t row_begin, int64_t row_count,
+                 const void *rows, const float *scales);
+    /* Returns when everything queued from this slot so far has been taken. */
+    void (*wait)(backend *b, int slot);
+    void (*end)(backend *b);
+};
+
 struct backend_ops {
     const char *name; /* "cpu", "cuda" */
     void (*close)(backend *b);
@@ -104,6 +123,10 @@ struct backend_ops {
     enum status (*matrix_new)(backend *b, const struct matrix_spec *spec, matrix **out);
     void (*matrix_load)(backend *b, matrix *m, int part, int64_t row_begin, int64_t row_count,
                         const float *rows);
+    /* NULL: device memory is the host's, and matrix_load is the way. */
+    const struct backend_upload *upload;
+    /* run(context, thread) once on each of the backend's host_threads threads. */
+    void (*host_run)(backend *b, void (*run)(void *context, int thread), void *context);
     enum status (*kv_new)(backend *b, const struct kv_spec *spec);
 
     /* A step begins: copies the batch to the device. The verbs of the step get the same batch.
@@ -161,7 +184,8 @@ struct backend {
     const struct backend_ops *ops;
     enum backend_isa isa;           /* in use */
     enum backend_numerics numerics; /* in use: FMA or DPBF16 */
-    int threads;
+    int threads;      /* that compute */
+    int host_threads; /* of host_run */
     size_t weight_bytes, kv_bytes, scratch_bytes; /* taken so far */
     /* A GPU only. stream: what all verbs run on (cudaStream_t). watch: called again and again while
      * the host waits for the device, so that whoever has work on the stream can see that it will
@@ -185,6 +209,10 @@ static inline size_t backend_dtype_bytes(enum backend_dtype d) {
 }
 static inline const char *backend_dtype_name(enum backend_dtype d) {
     return d == BACKEND_F32 ? "f32" : d == BACKEND_BF16 ? "bf16" : "fp8";
+}
+/* What activations are with such weights. */
+static inline enum backend_dtype backend_activation(enum backend_dtype weights) {
+    return weights == BACKEND_FP8 ? BACKEND_BF16 : weights;
 }
 const char *backend_isa_name(enum backend_isa isa);
 const char *backend_numerics_name(enum backend_numerics n);

@@ -58,6 +58,10 @@ const char *backend_numerics_name(enum backend_numerics n) {
     return names[n];
 }
 
+static void cpu_host_run(backend *b, cpu_task *run, void *context) {
+    cpu_pool_run(cpu_of(b)->pool, run, context);
+}
+
 /* ---- memory ---- */
 
 void *cpu_scratch(struct cpu *cpu, size_t bytes) {
@@ -189,7 +193,7 @@ enum status cpu_open(const struct backend_config *config, backend **out) {
     cpu->probes_max = config->probes_max;
     TRY_GOTO(cpu_pool_open(config->threads, config->local_rank, config->local_ranks, &cpu->pool),
              out);
-    cpu->base.threads = cpu_pool_threads(cpu->pool);
+    cpu->base.threads = cpu->base.host_threads = cpu_pool_threads(cpu->pool);
     TRY_GOTO(cpu_candidates_init(cpu), out);
     *out = &cpu->base;
     return STATUS_OK;
@@ -207,6 +211,7 @@ static const struct backend_ops cpu_ops = {
     .copy = cpu_copy,
     .matrix_new = cpu_matrix_new,
     .matrix_load = cpu_matrix_load,
+    .host_run = cpu_host_run,
     .kv_new = cpu_kv_new,
     .embed_mix = cpu_embed_mix,
     .add_norm = cpu_add_norm,

@@ -51,9 +51,12 @@ static enum status grow(struct cpu *cpu, void *buffer, size_t *have, size_t want
 enum status cpu_matrix_new(backend *b, const struct matrix_spec *spec, matrix **out) {
     struct cpu *cpu = cpu_of(b);
     const size_t threads = (size_t)b->threads, rows = (size_t)cpu->rows_max;
+    if (spec->dtype == BACKEND_FP8)
+        return fail(STATUS_USAGE, "the CPU backend has no fp8 weights: use --dtype bf16");
     matrix *m = cpu_memory_take(&cpu->memory, sizeof *m, "matrix");
     if (!m) return STATUS_MEMORY;
     TRY(matrix_init(m, spec, &cpu->memory));
+    matrix_touch(m, cpu->pool);
     m->next = cpu->matrices;
     cpu->matrices = m;
     b->weight_bytes += (size_t)m->panel_count * m->panel_bytes;

@@ -71,6 +71,28 @@ static void pack_bf16(const float *from, int64_t count, bf16 *panel, int64_t to,
     }
 }
 
+struct touch_job {
+    struct matrix *m;
+    int threads;
+};
+
+/* The owner of a panel is the first to write to its pages: they come from memory near it. */
+static void touch_task(void *context, int thread) {
+    enum { PAGE_BYTES = 4096 };
+    const struct touch_job *job = context;
+    const struct matrix *m = job->m;
+    const size_t begin =
+        (size_t)cpu_range_begin(m->panel_count, thread, job->threads) * m->panel_bytes;
+    const size_t end =
+        (size_t)cpu_range_begin(m->panel_count, thread + 1, job->threads) * m->panel_bytes;
+    for (size_t at = begin; at < end; at += PAGE_BYTES) ((volatile unsigned char *)m->data)[at] = 0;
+}
+
+void matrix_touch(struct matrix *m, cpu_pool *pool) {
+    struct touch_job job = {m, cpu_pool_threads(pool)};
+    cpu_pool_run(pool, touch_task, &job);
+}
+
 struct pack_job {
     struct matrix *m;
     int threads, part;
@@ -82,13 +104,15 @@ static void pack_task(void *context, int thread) {
     const struct pack_job *job = context;
     struct matrix *m = job->m;
     const int64_t panel_rows = m->kind == MATRIX_GATE_UP ? GATE_ROWS : PANEL_ROWS;
-    int64_t row = cpu_range_begin(m->panel_count, thread, job->threads) * panel_rows;
-    int64_t end = cpu_range_begin(m->panel_count, thread + 1, job->threads) * panel_rows;
+    /* equal numbers of the job's panels: they are the range of one or two owners */
+    const int64_t first = job->row_begin / panel_rows;
+    const int64_t panels = (job->row_end + panel_rows - 1) / panel_rows - first;
+    int64_t row = (first + cpu_range_begin(panels, thread, job->threads)) * panel_rows;
+    int64_t end = (first + cpu_range_begin(panels, thread + 1, job->threads)) * panel_rows;
     if (row < job->row_begin) row = job->row_begin;
     if (end > job->row_end) end = job->row_end;
-    /* A block of columns for all rows of a panel, then the next block: the panel is written (and
-     * its huge pages first touched) front to back, and cache lines shared by lanes are still in L1.
-     */
+    /* A block of columns for all rows of a panel, then the next block: the panel is written front
+     * to back, and cache lines shared by lanes are still in L1. */
     while (row < end) {
         const int64_t panel = row / panel_rows;
         const int64_t panel_end = end < (panel + 1) * panel_rows ? end : (panel + 1) * panel_rows;

@@ -199,7 +199,6 @@ static enum status open_device(struct cuda *cuda, const struct backend_config *c
 }
 
 static enum status take_buffers(struct cuda *cuda) {
-    TRY(cuda_matrices_open(cuda));
     cuda->tiles = cuda_take(cuda, sizeof *cuda->tiles * CUDA_HEADS_MAX, "head tiles");
     cuda->sink = cuda_take(cuda, CUDA_ALIGN, "benchmark sink");
     if (!cuda->tiles || !cuda->sink) return STATUS_MEMORY;
@@ -224,7 +223,9 @@ enum status cuda_open(const struct backend_config *config, backend **out) {
     cuda->base.ops = &cuda_ops;
     cuda->base.isa = ISA_CUDA;
     cuda->base.numerics = NUMERICS_CUDA;
-    cuda->base.threads = 1;
+    cuda->base.threads = cuda->base.host_threads = 1;
+    cuda->local_rank = config->local_rank;
+    cuda->local_ranks = config->local_ranks;
     cuda->mode = config->deterministic ? KERNELS_DETERMINISTIC : KERNELS_FAST;
     cuda->rows_max =
         config->rows_max > config->logit_rows_max ? config->rows_max : config->logit_rows_max;
@@ -252,6 +253,8 @@ static const struct backend_ops cuda_ops = {
     .tree_sum = cuda_tree_sum,
     .matrix_new = cuda_matrix_new,
     .matrix_load = cuda_matrix_load,
+    .upload = &cuda_upload_ops,
+    .host_run = cuda_host_run,
     .kv_new = cuda_kv_new,
     .begin = cuda_begin,
     .embed_mix = cuda_embed_mix,

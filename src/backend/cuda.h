@@ -23,7 +23,7 @@
 #include "backend/backend.h"
 #include "kernels/kernels.h"
 
-enum { CUDA_HEADS_MAX = 1024, CUDA_WATCH_MAX = 64, CUDA_STAGES = 2, CUDA_ALIGN = 256 };
+enum { CUDA_HEADS_MAX = 1024, CUDA_WATCH_MAX = 64, CUDA_ALIGN = 256 };
 
 /* Device memory that may be replaced by a larger piece; zeroed. */
 struct cuda_buffer {
@@ -62,10 +62,8 @@ struct cuda {
     struct cuda_memory *memory; /* every piece given out by alloc */
     struct matrix *matrices;
 
-    void *stage[CUDA_STAGES]; /* pinned: weights on their way; stage_on: the same on the device */
-    void *stage_on[CUDA_STAGES];
-    cudaEvent_t stage_free[CUDA_STAGES];
-    int stage_next;
+    int local_rank, local_ranks;
+    struct cuda_upload *upload; /* cuda_matrix.c, while weights are loaded */
 
     struct kernels_kv kv;
     int positions_max;
@@ -99,11 +97,13 @@ void *cuda_take(struct cuda *cuda, size_t bytes, const char *what);
 void cuda_wait(struct cuda *cuda);
 
 /* cuda_matrix.c */
-enum status cuda_matrices_open(struct cuda *cuda);
 void cuda_matrices_close(struct cuda *cuda);
 enum status cuda_matrix_new(backend *b, const struct matrix_spec *spec, matrix **out);
 void cuda_matrix_load(backend *b, matrix *m, int part, int64_t row_begin, int64_t row_count,
                       const float *rows);
+
+extern const struct backend_upload cuda_upload_ops;
+void cuda_host_run(backend *b, void (*run)(void *context, int thread), void *context);
 
 /* cuda_step.c */
 void cuda_begin(backend *b, const struct batch *batch);

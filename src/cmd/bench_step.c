@@ -272,7 +272,7 @@ static void write_json(const struct step_bench *b, const struct batch_result *re
     json_key(w, "model");
     json_write_text(w, h->model_name);
     json_key(w, "dtype");
-    json_write_text(w, h->model_options.weight_dtype == BACKEND_F32 ? "f32" : "bf16");
+    json_write_text(w, backend_dtype_name(h->model_options.weight_dtype));
     json_key(w, "isa");
     json_write_text(w, backend_isa_name(h->backend->isa));
     json_key(w, "numerics");

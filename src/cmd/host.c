@@ -168,6 +168,8 @@ void host_plan_model(struct host *h) {
     const bool f32 = p->dtype == 0 ? f32_file : p->dtype == 1;
     static const enum backend_dtype kv_dtypes[] = {BACKEND_BF16, BACKEND_F32, BACKEND_BF16,
                                                    BACKEND_FP8}; /* as the words of --kv-dtype */
+    const bool fp8_file = c->file_dtype == DTYPE_FP8 && p->backend == BACKEND_IS_CUDA;
+    const bool fp8 = p->dtype == 0 ? fp8_file : p->dtype == 3;
     h->engine_options = (struct engine_options){
         .max_seqs = (int)p->max_num_seqs,
         .max_batched_tokens =
@@ -178,7 +180,7 @@ void host_plan_model(struct host *h) {
         .vocab_count = h->facts.vocab_count > 0 ? h->facts.vocab_count : c->vocab_rows,
     };
     h->model_options = (struct model_options){
-        .weight_dtype = f32 ? BACKEND_F32 : BACKEND_BF16,
+        .weight_dtype = f32 ? BACKEND_F32 : fp8 ? BACKEND_FP8 : BACKEND_BF16,
         .kv_dtype = p->kv_dtype == 0 && f32 ? BACKEND_F32 : kv_dtypes[p->kv_dtype],
         .slabs = p->slabs > 0 ? (int)p->slabs : shard_default_slabs(h->shard_ranks),
         .slice_ranks = h->shard_ranks,
@@ -218,6 +220,10 @@ static enum status check_options(struct host *h) {
         return fail(STATUS_USAGE,
                     "--isa, --numerics and --threads are for the CPU: leave them out with "
                     "--backend cuda");
+    }
+    if (h->model_options.weight_dtype == BACKEND_FP8 && h->params.backend != BACKEND_IS_CUDA) {
+        return fail(STATUS_USAGE,
+                    "--dtype fp8 is for --backend cuda: the CPU computes with f32 or bf16 weights");
     }
     config_shard_dims(c, &dims);
     return shard_check(&dims, h->model_options.slabs, h->shard_ranks);
@@ -421,7 +427,7 @@ void host_log_ready(const struct host *h) {
     watch_enter(&running, 0);
     log_info("ready: %s, %d rank%s, %s, %s weights, numeric class %s, %.2f s", h->model_name,
              h->ranks, h->ranks == 1 ? "" : "s", backend_isa_name(h->backend->isa),
-             h->model_options.weight_dtype == BACKEND_F32 ? "f32" : "bf16",
+             backend_dtype_name(h->model_options.weight_dtype),
              backend_numerics_name(h->backend->numerics), progress_clock() - h->start);
 }
 

@@ -149,13 +149,12 @@ static void make_fingerprint(struct serving *s) {
 
 static void report_start(struct serving *s) {
     const struct host *h = s->host;
-    const bool f32 = h->model_options.weight_dtype == BACKEND_F32;
     char labels[256];
     snprintf(labels, sizeof labels, "block_size=\"%d\",num_blocks=\"%d\",", KV_PAGE_TOKENS,
              h->engine_options.page_count);
     metrics_set_info(s->metrics, METRIC_cache_config, labels);
     snprintf(labels, sizeof labels, "version=\"%s\",backend=\"cpu-%s\",tp=\"%d\",dtype=\"%s\",",
-             SFUMATO_VERSION, backend_isa_name(h->backend->isa), h->ranks, f32 ? "f32" : "bf16");
+             SFUMATO_VERSION, backend_isa_name(h->backend->isa), h->ranks, backend_dtype_name(h->model_options.weight_dtype));
     metrics_set_info(s->metrics, METRIC_build, labels);
     metric_set(s->metrics, METRIC_ranks, 0, h->ranks);
     metric_set(s->metrics, METRIC_load_time, 0, h->load_seconds);

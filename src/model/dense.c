@@ -31,7 +31,7 @@ static void reduce_norm(model *m, int rows, bool first, const float *weight) {
                                    .x = m->x,
                                    .weight = weight,
                                    .eps = m->config.norm_eps,
-                                   .dtype = m->options.weight_dtype,
+                                   .dtype = backend_activation(m->options.weight_dtype),
                                    .h = m->h};
     comm_all_reduce_norm(m->c, m->be, &norm, m->sum);
 }
@@ -40,7 +40,7 @@ void model_step(model *m, const struct batch *batch, void *records) {
     const double start = seconds_now();
     backend *be = m->be;
     const struct backend_ops *ops = be->ops;
-    const enum backend_dtype dtype = m->options.weight_dtype;
+    const enum backend_dtype dtype = backend_activation(m->options.weight_dtype);
     const int T = batch->row_count, D = m->config.hidden, slabs = m->shard.slab_count;
     const int logit_rows = batch->logit_row_count;
     const float eps = m->config.norm_eps;

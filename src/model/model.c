@@ -17,6 +17,7 @@ enum status model_need(const struct model_config *config, const struct model_opt
     shard_map shard;
     config_shard_dims(config, &dims);
     TRY(shard_check(&dims, options->slabs, ranks));
+    TRY(weights_check_dtype(config, options->weight_dtype));
     shard_map_init(&shard, &dims, options->slabs, ranks, rank);
 
     struct layer_specs specs;
@@ -27,14 +28,15 @@ enum status model_need(const struct model_config *config, const struct model_opt
     const int64_t vectors =
         2 * hidden + (config->qkv_bias ? specs.qkv.rows : 0) + (config->qk_norm ? 2 * hd : 0);
     out->weight_bytes =
-        config->layers *
-            (cpu_matrix_bytes(&specs.qkv) + cpu_matrix_bytes(&specs.o) +
-             cpu_matrix_bytes(&specs.gate_up) + cpu_matrix_bytes(&specs.down) + 4 * vectors) +
-        cpu_matrix_bytes(&vocab) * (config->tied ? 1 : 2) + 4 * hidden;
+        config->layers * (weights_matrix_bytes(&specs.qkv) + weights_matrix_bytes(&specs.o) +
+                          weights_matrix_bytes(&specs.gate_up) + weights_matrix_bytes(&specs.down) +
+                          4 * vectors) +
+        weights_matrix_bytes(&vocab) * (config->tied ? 1 : 2) + 4 * hidden;
     out->kv_bytes_per_page =
         2 * config->layers * kv * hd * KV_PAGE_TOKENS * dtype_bytes(options->kv_dtype);
 
-    const int64_t rows = options->rows_max, act = dtype_bytes(options->weight_dtype);
+    const int64_t rows = options->rows_max,
+                  act = dtype_bytes(backend_activation(options->weight_dtype));
     const int64_t slots = ranks > 1 ? 2 : 1;
     out->scratch_bytes = rows * hidden * (4 * (2 + slots) + act) /* x, sum, slots, h */
                          + rows * heads * hd * (4 + act)         /* q, o */
@@ -50,7 +52,7 @@ static enum status take_buffers(model *m) {
     const size_t rows = (size_t)m->options.rows_max, logit_rows = (size_t)m->options.logit_rows_max;
     const size_t hidden = (size_t)m->config.hidden;
     const size_t width = (size_t)shard_head_count(&m->shard) * (size_t)m->config.head_dim;
-    const size_t act = (size_t)dtype_bytes(m->options.weight_dtype);
+    const size_t act = (size_t)dtype_bytes(backend_activation(m->options.weight_dtype));
     const struct {
         void **to;
         size_t bytes;

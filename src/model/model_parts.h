@@ -54,6 +54,11 @@ void weights_layer_specs(const struct model_config *config, const shard_map *sha
 struct matrix_spec weights_vocab_spec(const struct model_config *config, const shard_map *shard,
                                       enum backend_dtype dtype);
 
+/* Bytes such a matrix takes. */
+int64_t weights_matrix_bytes(const struct matrix_spec *spec);
+/* STATUS_USAGE when this model cannot have such weights. */
+enum status weights_check_dtype(const struct model_config *config, enum backend_dtype dtype);
+
 enum status weights_load(model *m, source *src,
                          void (*progress)(void *user, int64_t done, int64_t total), void *user);
 

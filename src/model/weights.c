@@ -7,29 +7,24 @@
  *   down             [D, F]         columns, cut at slab borders
  *   norms, biases    fp32 vectors   whole, or the local heads' part
  *
- * Rows are read as fp32 in blocks of at most LOAD_BLOCK_FLOATS through the source, checked for NaN
- * and infinity, and packed by the backend; so beside the packed weights only one block is in
- * memory. A wrong or missing tensor is reported with its name, what it should be and what the file
- * has. Thread: start-up, engine thread.
+ * Vectors are loaded at once; the rows of matrices become a list of runs, which weights_read.c works
+ * off on all threads. A run never crosses a slab, a kv head or a tensor, so that fp8 blocks, which
+ * count from its first row, do not depend on the number of ranks. A wrong or missing tensor is
+ * reported with its name, what it should be and what the file has. Thread: start-up, engine thread.
  */
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
-#include "base/log.h"
-#include "model/model_parts.h"
+#include "base/fp8.h"
+#include "model/weights_read.h"
 
-enum { LOAD_BLOCK_FLOATS = 1 << 20, TENSOR_NAME_BYTES = 128 };
-
-/* One loading run: the source, the block it reads into, and how far it is. */
+/* One loading: the source, room for a vector, and the runs so far. */
 struct loader {
     model *m;
     source *src;
-    float *block;
-    int64_t block_floats;
-    int64_t done_floats, total_floats;
-    void (*progress)(void *user, int64_t done, int64_t total);
-    void *user;
+    float *vector;
+    struct weights_runs list;
 };
 
 void weights_layer_specs(const struct model_config *config, const shard_map *shard,
@@ -61,7 +56,7 @@ void weights_layer_specs(const struct model_config *config, const shard_map *sha
 struct matrix_spec weights_vocab_spec(const struct model_config *config, const shard_map *shard,
                                       enum backend_dtype dtype) {
     return (struct matrix_spec){.kind = MATRIX_COLUMN,
-                                .dtype = dtype,
+                                .dtype = backend_activation(dtype), /* fp8 is for the layers */
                                 .rows = shard_vocab_count(shard),
                                 .cols = config->hidden};
 }
@@ -86,45 +81,57 @@ static enum status expect_shape(const struct loader *l, const char *name, int64_
     return STATUS_OK;
 }
 
-static enum status expect_finite(const struct loader *l, const char *name, const float *values,
-                                 int64_t count, int64_t row_begin, int64_t cols) {
+int64_t weights_not_finite(const float *values, int64_t count) {
     uint32_t bad = 0;
     for (int64_t i = 0; i < count; i++) {
         uint32_t bits;
         memcpy(&bits, values + i, sizeof bits);
         bad |= (uint32_t)((bits & 0x7f800000u) == 0x7f800000u);
     }
-    if (!bad) return STATUS_OK;
+    if (!bad) return -1;
     int64_t i = 0;
     while (values[i] - values[i] == 0.0f)
         i++; /* NaN and infinity are the only values that are not */
+    return i;
+}
+
+enum status weights_fail_not_finite(const source *src, const char *name, double value, int64_t row,
+                                    int64_t col) {
     return fail(STATUS_MODEL,
                 "%s: tensor %s holds %f at row %lld, column %lld: the file is damaged, download it "
                 "again",
-                l->src->path, name, (double)values[i], (long long)(row_begin + i / cols),
-                (long long)(i % cols));
+                src->path, name, value, (long long)row, (long long)col);
 }
 
-static void report(struct loader *l, int64_t floats) {
-    l->done_floats += floats;
-    if (l->progress) l->progress(l->user, l->done_floats, l->total_floats);
-}
-
-/* Packs rows [row_begin, +row_count) x columns [col_begin, +col_count) of a tensor into rows from
- * `to_row` of part `part` of a matrix. */
-static enum status load_rows(struct loader *l, matrix *to, int part, int64_t to_row,
-                             const char *name, int64_t row_begin, int64_t row_count,
-                             int64_t col_begin, int64_t col_count) {
-    if (col_count == 0) return STATUS_OK;
-    int64_t step = l->block_floats / col_count / 32 * 32;
-    if (step < 1) step = 1;
-    for (int64_t done = 0; done < row_count; done += step) {
-        const int64_t n = row_count - done < step ? row_count - done : step;
-        TRY(l->src->ops->read(l->src, name, row_begin + done, n, col_begin, col_count, l->block));
-        TRY(expect_finite(l, name, l->block, n * col_count, row_begin + done, col_count));
-        l->m->be->ops->matrix_load(l->m->be, to, part, to_row + done, n, l->block);
-        report(l, n * col_count);
+/* Rows [row_begin, +row_count) x columns [col_begin, +spec->cols) of a tensor go to rows from
+ * `to_row` of part `part` of a matrix. Only fp8 cares where a run ends: others grow. */
+static enum status add_run(struct loader *l, matrix *to, const struct matrix_spec *spec, int part,
+                           int64_t to_row, const char *name, int64_t row_begin, int64_t row_count,
+                           int64_t col_begin) {
+    struct weights_runs *list = &l->list;
+    if (spec->cols == 0 || row_count == 0) return STATUS_OK;
+    struct weights_run *last = list->count > 0 ? &list->runs[list->count - 1] : NULL;
+    if (last && last->to == to && last->part == part && strcmp(last->name, name) == 0 &&
+        last->row_begin + last->row_count == row_begin && spec->dtype != BACKEND_FP8) {
+        last->row_count += row_count;
+        return STATUS_OK;
     }
+    if (list->count == list->capacity) {
+        const size_t capacity = list->capacity ? 2 * list->capacity : 256;
+        void *grown = realloc(list->runs, capacity * sizeof *list->runs);
+        if (!grown) return fail(STATUS_MEMORY, "no memory for a list of %zu tensors", capacity);
+        list->runs = grown;
+        list->capacity = capacity;
+    }
+    struct weights_run *run = &list->runs[list->count++];
+    *run = (struct weights_run){.to = to,
+                                .spec = spec,
+                                .part = part,
+                                .to_row = to_row,
+                                .row_begin = row_begin,
+                                .row_count = row_count,
+                                .col_begin = col_begin};
+    snprintf(run->name, sizeof run->name, "%s", name);
     return STATUS_OK;
 }
 
@@ -132,9 +139,11 @@ static enum status load_rows(struct loader *l, matrix *to, int part, int64_t to_
 static enum status load_vector(struct loader *l, float *to, const char *name, int64_t length,
                                int64_t begin, int64_t count) {
     TRY(expect_shape(l, name, 1, length));
-    TRY(l->src->ops->read(l->src, name, 0, 1, begin, count, l->block));
-    TRY(expect_finite(l, name, l->block, count, 0, length));
-    return l->m->be->ops->write(l->m->be, to, l->block, (size_t)count * sizeof(float));
+    TRY(l->src->ops->read(l->src, name, 0, 1, begin, count, l->vector));
+    const int64_t bad = weights_not_finite(l->vector, count);
+    if (bad >= 0)
+        return weights_fail_not_finite(l->src, name, (double)l->vector[bad], 0, begin + bad);
+    return l->m->be->ops->write(l->m->be, to, l->vector, (size_t)count * sizeof(float));
 }
 
 static enum status new_vector(struct loader *l, float **out, const char *name, int64_t length) {
@@ -149,13 +158,11 @@ static enum status load_whole_vector(struct loader *l, float **out, const char *
 }
 
 static enum status load_vocab_matrix(struct loader *l, matrix **out, const char *name,
-                                     bool lookup_only) {
+                                     const struct matrix_spec *spec) {
     const model *m = l->m;
-    struct matrix_spec spec = weights_vocab_spec(&m->config, &m->shard, m->options.weight_dtype);
-    spec.lookup_only = lookup_only;
     TRY(expect_shape(l, name, m->config.vocab_rows, m->config.hidden));
-    TRY(m->be->ops->matrix_new(m->be, &spec, out));
-    return load_rows(l, *out, 0, 0, name, m->shard.vocab_begin[0], spec.rows, 0, m->config.hidden);
+    TRY(m->be->ops->matrix_new(m->be, spec, out));
+    return add_run(l, *out, spec, 0, 0, name, m->shard.vocab_begin[0], spec->rows, 0);
 }
 
 /* q, k, v of the local heads go into one matrix, their biases into one vector. */
@@ -182,7 +189,9 @@ static enum status load_qkv(struct loader *l, int layer, const struct matrix_spe
         snprintf(name, sizeof name, "model.layers.%d.self_attn.%s_proj.weight", layer,
                  parts[i].letter);
         TRY(expect_shape(l, name, parts[i].all_heads * hd, m->config.hidden));
-        TRY(load_rows(l, qkv, 0, row, name, begin, count, 0, m->config.hidden));
+        /* head by head: a slab is whole query heads, and kv heads are on several ranks */
+        for (int64_t h = 0; h < count; h += hd)
+            TRY(add_run(l, qkv, spec, 0, row + h, name, begin + h, hd, 0));
         if (bias) {
             snprintf(name, sizeof name, "model.layers.%d.self_attn.%s_proj.bias", layer,
                      parts[i].letter);
@@ -223,7 +232,7 @@ static enum status load_row_matrix(struct loader *l, matrix **out, const char *n
                                    int64_t col_begin) {
     TRY(expect_shape(l, name, spec->rows, all_cols));
     TRY(l->m->be->ops->matrix_new(l->m->be, spec, out));
-    return load_rows(l, *out, 0, 0, name, 0, spec->rows, col_begin, spec->cols);
+    return add_run(l, *out, spec, 0, 0, name, 0, spec->rows, col_begin);
 }
 
 static enum status load_layer(struct loader *l, int layer, const struct layer_specs *specs) {
@@ -247,49 +256,57 @@ static enum status load_layer(struct loader *l, int layer, const struct layer_sp
     for (int part = 0; part < 2; part++) {
         snprintf(name, sizeof name, "model.layers.%d.mlp.%s_proj.weight", layer, parts[part]);
         TRY(expect_shape(l, name, ffn, hidden));
-        TRY(load_rows(l, to->gate_up, part, 0, name, m->shard.ffn_begin[0], specs->gate_up.rows, 0,
-                      hidden));
+        const int64_t *border = m->shard.ffn_begin;
+        for (int s = 0; s < m->shard.slab_count; s++)
+            TRY(add_run(l, to->gate_up, &specs->gate_up, part, border[s] - border[0], name,
+                        border[s], border[s + 1] - border[s], 0));
     }
     snprintf(name, sizeof name, "model.layers.%d.mlp.down_proj.weight", layer);
     return load_row_matrix(l, &to->down, name, &specs->down, ffn, m->shard.ffn_begin[0]);
 }
 
-static int64_t spec_floats(const struct matrix_spec *spec) {
-    return spec->rows * spec->cols * (spec->kind == MATRIX_GATE_UP ? 2 : 1);
+int64_t weights_matrix_bytes(const struct matrix_spec *spec) {
+    if (spec->dtype != BACKEND_FP8) return cpu_matrix_bytes(spec);
+    /* tiles of 16 rows (of 8 gate and 8 up rows); 128 codes a row and block, and two scales a tile */
+    const int64_t rows = spec->kind == MATRIX_GATE_UP ? 8 : 16;
+    const int64_t tiles = (spec->rows + rows - 1) / rows * weights_column_blocks(spec);
+    return (tiles * (16 * FP8_BLOCK + 2 * (int64_t)sizeof(float)) + 15) / 16 * 16;
+}
+
+enum status weights_check_dtype(const struct model_config *config, enum backend_dtype dtype) {
+    if (dtype != BACKEND_FP8 || config->head_dim % 8 == 0) return STATUS_OK;
+    return fail(STATUS_USAGE,
+                "--dtype fp8 needs heads of a multiple of 8, this model has %d: use --dtype bf16",
+                config->head_dim);
 }
 
 enum status weights_load(model *m, source *src,
                          void (*progress)(void *user, int64_t done, int64_t total), void *user) {
-    struct layer_specs specs;
-    weights_layer_specs(&m->config, &m->shard, m->options.weight_dtype, &specs);
-    const struct matrix_spec vocab =
-        weights_vocab_spec(&m->config, &m->shard, m->options.weight_dtype);
-    struct loader l = {.m = m, .src = src, .progress = progress, .user = user};
-    l.total_floats = m->config.layers * (spec_floats(&specs.qkv) + spec_floats(&specs.o) +
-                                         spec_floats(&specs.gate_up) + spec_floats(&specs.down)) +
-                     spec_floats(&vocab) * (m->config.tied ? 1 : 2);
-    /* a block holds any one row: the widest is a row of an ffn, attention or hidden width, or a
-     * vector */
-    l.block_floats = LOAD_BLOCK_FLOATS;
-    const int64_t widths[] = {m->config.hidden, m->config.ffn,
-                              (int64_t)m->config.heads * m->config.head_dim};
-    for (int i = 0; i < 3; i++) {
-        if (widths[i] > l.block_floats) l.block_floats = widths[i];
-    }
+    const enum backend_dtype dtype = m->options.weight_dtype;
     enum status status = STATUS_OK;
-    l.block = malloc((size_t)l.block_floats * sizeof *l.block);
-    if (!l.block) {
-        return fail(STATUS_MEMORY, "cannot allocate %lld bytes to read the weights through",
-                    (long long)l.block_floats * (long long)sizeof *l.block);
-    }
-    TRY_GOTO(load_vocab_matrix(&l, &m->embed, "model.embed_tokens.weight", !m->config.tied), out);
+    struct layer_specs specs;
+    TRY(weights_check_dtype(&m->config, dtype));
+    weights_layer_specs(&m->config, &m->shard, dtype, &specs);
+    const struct matrix_spec lm_head = weights_vocab_spec(&m->config, &m->shard, dtype);
+    struct matrix_spec embed = lm_head;
+    embed.lookup_only = !m->config.tied;
+    struct loader l = {.m = m, .src = src};
+    /* the longest vector: norms, the biases of a rank's heads */
+    const int64_t width = (int64_t)m->config.heads * m->config.head_dim;
+    const int64_t longest = m->config.hidden > width ? m->config.hidden : width;
+    l.vector = malloc((size_t)longest * sizeof *l.vector);
+    if (!l.vector) return fail(STATUS_MEMORY, "no memory for a vector of %lld", (long long)longest);
+    TRY_GOTO(load_vocab_matrix(&l, &m->embed, "model.embed_tokens.weight", &embed), out);
     m->lm_head = m->embed;
     for (int layer = 0; layer < m->config.layers; layer++) {
         TRY_GOTO(load_layer(&l, layer, &specs), out);
     }
     TRY_GOTO(load_whole_vector(&l, &m->final_norm, "model.norm.weight", m->config.hidden), out);
-    if (!m->config.tied) TRY_GOTO(load_vocab_matrix(&l, &m->lm_head, "lm_head.weight", false), out);
+    if (!m->config.tied)
+        TRY_GOTO(load_vocab_matrix(&l, &m->lm_head, "lm_head.weight", &lm_head), out);
+    TRY_GOTO(weights_read(src, m->be, &l.list, progress, user), out);
 out:
-    free(l.block);
+    free(l.vector);
+    free(l.list.runs);
     return status;
 }

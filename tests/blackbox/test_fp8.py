@@ -5,6 +5,7 @@ import fp8_model
 import pytest
 from conftest import launch, problems
 from places import TINY
+from test_cuda import emulated, needs_emulation
 
 
 @pytest.fixture(scope="module")
@@ -39,3 +40,39 @@ def test_inspect_knows_the_format(folders):
     result = launch("inspect", "--json", model=folders("block")[0])
     facts = json.loads(result.out)
     assert result.status == 0 and "fp8" in json.dumps(facts), facts
+
+
+def test_the_cpu_has_no_fp8_weights():
+    result = launch("generate", "-p", "x", "--quiet", "--dtype", "fp8")
+    assert result.status == 2 and "--dtype fp8 is for --backend cuda" in result.messages[-1], result.messages
+
+
+def test_inspect_counts_fp8_bytes():
+    """One slab of models/tiny: tiles of 16 rows and 128 columns, two scales each; the rest as in bf16."""
+    result = launch("inspect", "--json", "--slabs", "1", "--dtype", "fp8")
+    facts = json.loads(result.out)
+    assert result.status == 0 and facts["dtype"] == "fp8"
+    tile = 16 * 128 + 8
+    layer = tile * (2 * 512 // 16 + 2 * 192 // 16 + 2 * 2 * 384 // 16 + 3 * 192 // 16)  # qkv, o, gate and up, down
+    vectors = 4 * (2 * 192 + 2 * 32)
+    vocabulary = 2 * 768 * 192 * 2
+    assert facts["ranks"][0]["weight_bytes"] == 4 * (layer + vectors) + vocabulary + 4 * 192, facts["ranks"][0]
+
+
+@needs_emulation
+def test_a_gpu_computes_with_the_very_numbers(folders, tmp_path):
+    """fp8 weights and bf16 activations against fp32 on the same numbers: what bf16 activations cost, not more."""
+    lines = tmp_path / "in.jsonl"
+    lines.write_text(json.dumps({"text": problems(1)[0][:40]}) + "\n")
+    quantised, exact = folders("block")
+    found = []
+    for model, options in ((quantised, ["--backend", "cuda", "--slabs", "1"]), (exact, ["--dtype", "f32"])):
+        status, messages, out = emulated("score", "--quiet", "--model", str(model), "--input", str(lines), "--output", "-",
+                                         "--top", "3", *options)
+        assert status == 0, messages
+        found.append(json.loads(out)["positions"])
+    errors = [abs(a["logprob"] - b["logprob"]) for a, b in zip(*found) if a["logprob"] is not None]
+    assert len(errors) > 5 and sum(errors) / len(errors) < 0.08 and max(errors) < 0.4, errors
+    for a, b in zip(*found):
+        if b["top"][0][1] - b["top"][1][1] > 0.5:
+            assert a["top"][0][0] == b["top"][0][0]
