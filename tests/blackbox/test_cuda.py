@@ -3,6 +3,7 @@
 The product's own program must start without a driver and say what is missing. The emulated program (tests/
 emulated.cmake) has the same sources over a stub runtime, kernels on fibres and a stub NCCL that injects errors.
 """
+import json
 import os
 import pathlib
 import subprocess
@@ -39,6 +40,18 @@ def test_auto_computes_on_the_cpu():
     assert result.status == 0, result.err
     gpu = [line for line in result.messages if "GPU" in line]
     assert len(gpu) <= 1, gpu  # none from a program built without CUDA
+
+
+def test_the_ladder_runs_to_its_end_without_a_gpu(tmp_path):
+    if pathlib.Path("/dev/nvidia0").exists():
+        pytest.skip("there is a GPU here")
+    ladder = pathlib.Path(os.environ["SFUMATO_SOURCE_DIR"]) / "tests/gpu/ladder"
+    done = subprocess.run([ladder, BUILD, "--report", tmp_path / "report.json"], capture_output=True, timeout=60)
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert done.returncode == 2 and b"nothing was checked" in done.stdout, done.stderr
+    assert len(report["steps"]) >= 15 and {s["verdict"] for s in report["steps"]} == {"skip"}
+    assert "libmpi.so" in " ".join(report["shared_libraries"])
+    assert not any("cuda" in name for name in report["shared_libraries"])  # looked for when asked for
 
 
 @needs_emulation
