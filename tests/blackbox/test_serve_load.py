@@ -11,7 +11,7 @@ import time
 
 import pytest
 from conftest import chat, generate, problems
-from served import Server, joined, raw_socket
+from served import SANITIZED, Server, joined, raw_socket
 
 LONG = {"prompt": "Tom has", "max_tokens": 1000, "ignore_eos": True, "soft_thinking": {"mode": "off"}}
 
@@ -37,6 +37,7 @@ def request_bytes(path, body, **headers):
 def test_R8_exactly_the_limit_is_admitted():
     with Server("--max-num-seqs", "4", "--max-num-queued-reqs", "6", "--collective-timeout", "60") as server:
         server.complete("Hi", max_tokens=2)
+        memory = server.metrics()["process_resident_memory_bytes"]
         follower = server.ranks()[1]
         os.kill(follower, signal.SIGSTOP)
         try:
@@ -62,6 +63,7 @@ def test_R8_exactly_the_limit_is_admitted():
                 assert int(headers["retry-after"]) >= 1
             m = server.metrics()  # a scrape answers while a rank stands still
             assert m["sfumato:num_requests_running"] + m["sfumato:num_requests_waiting"] == 10
+            assert SANITIZED or m["process_resident_memory_bytes"] - memory < 10e6
             assert m['sfumato:admission_rejections_total{reason="queue"}'] == len(refused)
         finally:
             os.kill(follower, signal.SIGCONT)
@@ -113,7 +115,10 @@ def close_hard(s):
 
 
 def test_R9_random_cancels(server):
+    """No page stays behind. The long run has SFUMATO_CANCELS=10000."""
     chance = random.Random(9)
+    rejected = 'admission_rejections_total{reason="queue"}'
+    before = server.metric(rejected)
     count = int(os.environ.get("SFUMATO_CANCELS", 1000))
     questions = problems(8)
     open_sockets = []
@@ -123,6 +128,8 @@ def test_R9_random_cancels(server):
             seed=i, stream=chance.random() < 0.5, ignore_eos=True,
             soft_thinking={"mode": chance.choice(["off", "soft", "gumbel"]), "share_thinking": chance.random() < 0.3},
         )
+        while i % 20 == 0 and server.metric("num_requests_running") + server.metric("num_requests_waiting") > 150:
+            time.sleep(0.01)  # so that all are admitted: what is refused cannot be cancelled
         s = raw_socket(server)
         s.sendall(request_bytes("/v1/chat/completions", body))
         open_sockets.append(s)
@@ -139,6 +146,7 @@ def test_R9_random_cancels(server):
     for s in open_sockets:
         s.close()
     server.settle(60)
+    assert server.metric(rejected) == before
     assert server.complete("Hi", max_tokens=2)["usage"]["completion_tokens"] == 2
 
 
