@@ -132,10 +132,21 @@ size_t json_utf8_length(const char *p, size_t n, size_t *skip) {
     return want;
 }
 
+/* Bytes of an ASCII text that stand for themselves: nearly all there are, so they go in runs. */
+static size_t plain_length(const char *text, size_t n) {
+    size_t i = 0;
+    while (i < n && text[i] >= 0x20 && text[i] < 0x7f && text[i] != '"' && text[i] != '\\') i++;
+    return i;
+}
+
 void json_write_string(struct json_writer *w, const char *text, size_t n) {
     begin_value(w);
     json_write_bytes(w, "\"", 1);
     for (size_t i = 0; i < n;) {
+        const size_t plain = plain_length(text + i, n - i);
+        json_write_bytes(w, text + i, plain);
+        i += plain;
+        if (i == n) break;
         const unsigned char c = (unsigned char)text[i];
         char escape[8];
         if (c == '"' || c == '\\') {
@@ -177,8 +188,16 @@ void json_write_raw(struct json_writer *w, const char *json, size_t n) {
 }
 
 void json_write_int(struct json_writer *w, int64_t value) {
-    char text[32];
-    json_write_raw(w, text, (size_t)snprintf(text, sizeof text, "%lld", (long long)value));
+    char text
+        [24]; /* at most 20; snprintf takes ten times as long, and replies are full of numbers */
+    char *p = text + sizeof text;
+    uint64_t rest = value < 0 ? 0 - (uint64_t)value : (uint64_t)value;
+    do {
+        *--p = (char)('0' + rest % 10);
+        rest /= 10;
+    } while (rest > 0);
+    if (value < 0) *--p = '-';
+    json_write_raw(w, p, (size_t)(text + sizeof text - p));
 }
 
 void json_write_real(struct json_writer *w, double value) {
