@@ -45,7 +45,9 @@ static enum status take_ticket(call *c, int place, int prompt, bool score) {
     t->open_count = t->request.choices;
     c->tickets[place] = index;
     c->tickets_open++;
-    return task_new(&t->request, s->facts->vocab_count, &t->task);
+    const enum status status = task_new(&t->request, s->facts->vocab_count, &t->task);
+    if (status != STATUS_MEMORY) return status;
+    return fail(STATUS_BUSY, "there is no memory for this request now: try again later");
 }
 
 void call_release_ticket(call *c, struct ticket *t) {
