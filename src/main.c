@@ -24,7 +24,7 @@ static const struct command commands[] = {
      "What a model is, which rank counts fit, and what each rank would hold.", cmd_inspect, NULL},
     {"serve", PARAMS_SERVE, "[--host ADDRESS] [--port N]",
      "The service: an OpenAI-compatible HTTP API with Soft Thinking.", cmd_serve, cmd_serve_before},
-    {"bench", PARAMS_BENCH, "step|comm|sampler|tokenizer",
+    {"bench", PARAMS_BENCH, "step|load|comm|sampler|tokenizer",
      "Speed, as ratios against what this machine can do.", cmd_bench, NULL},
     {"selftest", PARAMS_SELFTEST, "[verbs|comm|model] [--backend NAME] [--comm PATH]",
      "Is this machine right? Every computation and exchange against slower code; needs no model.",

@@ -74,6 +74,7 @@ enum status cmd_bench(struct host *h) {
          bench_step,
          {PARAM_dims, PARAM_layers, PARAM_batch, PARAM_context, PARAM_rounds, PARAM_model,
           PARAM_seed, PARAM_rank_of, PARAM_collective_us, PARAM_compare_hard, PARAM_NONE}},
+        {"load", bench_load, {PARAM_rounds, PARAM_model, PARAM_NONE}},
         {"comm", bench_comm, {PARAM_NONE}},
         {"sampler", bench_sampler, {PARAM_rounds, PARAM_NONE}},
         {"tokenizer", bench_tokenizer, {PARAM_model, PARAM_NONE}}};
@@ -82,5 +83,5 @@ enum status cmd_bench(struct host *h) {
         TRY(refuse_idle_flags(&h->params, benches[i].name, benches[i].flags));
         return benches[i].run(h);
     }
-    return fail(STATUS_USAGE, "bench needs one of: step, comm, sampler, tokenizer");
+    return fail(STATUS_USAGE, "bench needs one of: step, load, comm, sampler, tokenizer");
 }

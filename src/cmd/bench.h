@@ -25,6 +25,7 @@ struct bench_summary bench_summarise(const struct bench_series *s);
 void bench_write_summary(struct json_writer *w, const char *key, struct bench_summary s);
 
 enum status bench_step(struct host *h);      /* bench_step.c */
+enum status bench_load(struct host *h);      /* bench_load.c */
 enum status bench_comm(struct host *h);      /* bench_comm.c */
 enum status bench_sampler(struct host *h);   /* bench_sampler.c */
 enum status bench_tokenizer(struct host *h); /* bench_tokenizer.c */

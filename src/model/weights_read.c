@@ -28,7 +28,7 @@
 #include "base/fp8.h"
 
 enum {
-    THREAD_BYTES = 1 << 20, /* of a slot, for each thread */
+    SLOT_BYTES = 32 << 20,  /* in host memory: a barrier a slot, so not too small either */
     UPLOAD_BYTES = 4 << 20, /* the same on the way to a device, where few large copies are faster */
     PIECE_FLOATS = 1 << 18,
     CHUNKS_MAX = 512,
@@ -249,7 +249,7 @@ enum status weights_read(source *src, backend *be, const struct weights_runs *li
     r->src = src;
     r->upload = be->ops->upload != NULL;
     /* a thread's share of a slot holds a unit of any run, and its scratch the same in fp32 */
-    size_t slot_bytes = r->upload ? UPLOAD_BYTES : THREAD_BYTES;
+    size_t slot_bytes = r->upload ? UPLOAD_BYTES : SLOT_BYTES / (size_t)be->host_threads;
     for (size_t i = 0; i < list->count; i++) {
         const struct matrix_spec *spec = list->runs[i].spec;
         const int64_t unit = unit_rows(r, spec), floats = unit * spec->cols;

@@ -1,0 +1,208 @@
+/* bench_load.c: how fast weights get from their files into the backend, beside reading the files.
+ *
+ * In one process it alternates: read(2) of all weight files by the backend's number of threads (the
+ * floor), then a whole model_open into a fresh backend; first hot, from the page cache, then cold,
+ * the files' pages dropped before each of the two (which an administrator's file system may ignore:
+ * the rates show it). Ratios are taken inside a round. Requirement R6 of the service: cold >= 0.8,
+ * hot >= 0.6. One rank: R ranks read at once and share what the disk gives.
+ */
+#include <dirent.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <stdatomic.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include "backend/cpu_pool.h"
+#include "cmd/bench.h"
+
+enum { FILES_MAX = 1024, READ_BYTES = 4 << 20 };
+
+struct weight_file {
+    int fd;
+    int64_t bytes, pieces_end; /* pieces of READ_BYTES of this and all files before */
+};
+
+struct load_bench {
+    struct host *host;
+    cpu_pool *pool; /* while reading: a backend makes its own from the same cores */
+    int threads;
+    struct weight_file files[FILES_MAX];
+    int file_count;
+    int64_t bytes;
+    unsigned char *buffers; /* [threads][READ_BYTES] */
+    atomic_int_least64_t next_piece;
+    atomic_bool failed;
+};
+
+/* Hot and cold. */
+struct load_result {
+    struct bench_series read_gbs, load_gbs, ratio;
+};
+
+static void read_task(void *context, int thread) {
+    struct load_bench *b = context;
+    unsigned char *buffer = b->buffers + (size_t)thread * READ_BYTES;
+    int file = 0;
+    for (;;) {
+        const int64_t piece = atomic_fetch_add(&b->next_piece, 1);
+        while (file < b->file_count && piece >= b->files[file].pieces_end) file++;
+        if (file == b->file_count) return;
+        const int64_t first = file > 0 ? b->files[file - 1].pieces_end : 0;
+        off_t at = (off_t)(piece - first) * READ_BYTES, end = at + READ_BYTES;
+        if (end > b->files[file].bytes) end = b->files[file].bytes;
+        while (at < end) {
+            const ssize_t got = pread(b->files[file].fd, buffer, (size_t)(end - at), at);
+            if (got < 0 && errno == EINTR) continue;
+            if (got <= 0) {
+                atomic_store(&b->failed, true);
+                return;
+            }
+            at += got;
+        }
+    }
+}
+
+static enum status plain_read(struct load_bench *b, double *seconds) {
+    TRY(cpu_pool_open((int)b->host->params.threads, 0, 1, &b->pool));
+    b->threads = cpu_pool_threads(b->pool);
+    b->buffers = malloc((size_t)b->threads * READ_BYTES);
+    atomic_store(&b->next_piece, 0);
+    const double start = progress_clock();
+    if (b->buffers) cpu_pool_run(b->pool, read_task, b);
+    *seconds = progress_clock() - start;
+    const bool no_memory = !b->buffers;
+    free(b->buffers);
+    cpu_pool_close(b->pool);
+    if (no_memory) return fail(STATUS_MEMORY, "no memory for reading");
+    return atomic_load(&b->failed) ? fail(STATUS_MODEL, "%s cannot be read", b->host->source->path)
+                                   : STATUS_OK;
+}
+
+static enum status load(struct load_bench *b, double *seconds) {
+    struct host *h = b->host;
+    backend *be = NULL;
+    model *m = NULL;
+    TRY(host_new_backend(h, &be));
+    const double start = progress_clock();
+    const enum status status =
+        model_open(h->source, &h->model_options, be, h->comm, NULL, NULL, &m);
+    *seconds = progress_clock() - start;
+    model_close(m);
+    be->ops->close(be);
+    return status;
+}
+
+static void drop_pages(const struct load_bench *b) {
+    for (int i = 0; i < b->file_count; i++)
+        posix_fadvise(b->files[i].fd, 0, 0, POSIX_FADV_DONTNEED);
+}
+
+static enum status run_rounds(struct load_bench *b, bool cold, struct load_result *r) {
+    const double gigabytes = 1e-9 * (double)b->bytes;
+    for (int64_t i = 0; i < b->host->params.rounds; i++) {
+        double reading, loading;
+        if (cold) drop_pages(b);
+        TRY(plain_read(b, &reading));
+        if (cold) drop_pages(b);
+        TRY(load(b, &loading));
+        if (i == 0 && !cold) continue; /* brought the files in */
+        bench_add(&r->read_gbs, gigabytes / reading);
+        bench_add(&r->load_gbs, gigabytes / loading);
+        bench_add(&r->ratio, reading / loading);
+    }
+    const struct bench_summary read = bench_summarise(&r->read_gbs),
+                               loaded = bench_summarise(&r->load_gbs),
+                               ratio = bench_summarise(&r->ratio);
+    printf("%-4s  read %.2f GB/s  load %.2f GB/s  load/read %.3f (%.3f..%.3f)\n",
+           cold ? "cold" : "hot", read.median, loaded.median, ratio.median, ratio.min, ratio.max);
+    fflush(stdout);
+    return STATUS_OK;
+}
+
+/* ---- set-up ---- */
+
+static enum status add_file(struct load_bench *b, const char *path) {
+    struct stat info;
+    const int fd = open(path, O_RDONLY | O_CLOEXEC);
+    if (fd < 0) return fail(STATUS_MODEL, "%s: %s", path, strerror(errno));
+    if (b->file_count == FILES_MAX || fstat(fd, &info) != 0) {
+        close(fd);
+        return fail(STATUS_MODEL, "%s: more than %d files", path, (int)FILES_MAX);
+    }
+    const int64_t pieces = (info.st_size + READ_BYTES - 1) / READ_BYTES;
+    const int64_t before = b->file_count > 0 ? b->files[b->file_count - 1].pieces_end : 0;
+    b->files[b->file_count++] = (struct weight_file){fd, info.st_size, before + pieces};
+    b->bytes += info.st_size;
+    return STATUS_OK;
+}
+
+/* The .safetensors files of a folder, or the one GGUF file. */
+static enum status find_files(struct load_bench *b) {
+    const char *path = b->host->source->path;
+    if (strcmp(b->host->source->ops->kind, "safetensors") != 0) return add_file(b, path);
+    DIR *folder = opendir(path);
+    if (!folder) return fail(STATUS_MODEL, "%s: %s", path, strerror(errno));
+    enum status status = STATUS_OK;
+    for (struct dirent *e; status == STATUS_OK && (e = readdir(folder)) != NULL;) {
+        char name[sizeof b->host->source->path + sizeof e->d_name + 1];
+        const char *end = strrchr(e->d_name, '.');
+        if (!end || strcmp(end, ".safetensors") != 0) continue;
+        snprintf(name, sizeof name, "%s/%s", path, e->d_name);
+        status = add_file(b, name);
+    }
+    closedir(folder);
+    return status;
+}
+
+static void write_json(const struct load_bench *b, const struct load_result results[2]) {
+    struct json_writer w;
+    json_writer_init(&w);
+    json_begin(&w, '{');
+    json_key(&w, "model");
+    json_write_text(&w, b->host->source->path);
+    json_key(&w, "dtype");
+    json_write_text(&w, backend_dtype_name(b->host->model_options.weight_dtype));
+    json_key(&w, "threads");
+    json_write_int(&w, b->threads);
+    json_key(&w, "file_bytes");
+    json_write_int(&w, b->bytes);
+    for (int cold = 0; cold < 2; cold++) {
+        json_key(&w, cold ? "cold" : "hot");
+        json_begin(&w, '{');
+        bench_write_summary(&w, "read_gbs", bench_summarise(&results[cold].read_gbs));
+        bench_write_summary(&w, "load_gbs", bench_summarise(&results[cold].load_gbs));
+        bench_write_summary(&w, "ratio", bench_summarise(&results[cold].ratio));
+        json_end(&w, '}');
+    }
+    json_end(&w, '}');
+    json_write_bytes(&w, "\n", 1);
+    fwrite(w.bytes, 1, w.n, stdout);
+    json_writer_fini(&w);
+}
+
+enum status bench_load(struct host *h) {
+    enum status status = STATUS_OK;
+    struct load_result results[2] = {0};
+    if (h->ranks > 1) return fail(STATUS_USAGE, "bench load runs on one rank: leave mpirun out");
+    TRY(host_open_text(h));
+    host_plan_model(h);
+    host_plan_backend(h);
+    struct load_bench *b = calloc(1, sizeof *b);
+    if (!b) return fail(STATUS_MEMORY, "no memory for a bench");
+    b->host = h;
+    TRY_GOTO(find_files(b), out);
+    printf("%s: %.3f GB in %d file%s, %s weights\n", h->source->path, 1e-9 * (double)b->bytes,
+           b->file_count, b->file_count == 1 ? "" : "s",
+           backend_dtype_name(h->model_options.weight_dtype));
+    TRY_GOTO(run_rounds(b, false, &results[0]), out);
+    TRY_GOTO(run_rounds(b, true, &results[1]), out);
+    if (h->params.json) write_json(b, results);
+out:
+    for (int i = 0; i < b->file_count; i++) close(b->files[i].fd);
+    free(b);
+    return status;
+}
