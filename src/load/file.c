@@ -54,14 +54,9 @@ void file_map_close(struct file_map *map) {
 
 void file_map_forget(const struct file_map *map, const uint8_t *from, size_t n) {
     ASSERT(from >= map->bytes && n <= map->n && (size_t)(from - map->bytes) <= map->n - n);
-    /* The kernel maps 64 KiB around a page that is touched, so neighbours who still read bring pages
-     * of ours back: whole such windows go. Only the page table's entries do, so nobody loses data. */
-    const uintptr_t window = 64 << 10, page = (uintptr_t)sysconf(_SC_PAGESIZE);
-    const uintptr_t first = (uintptr_t)map->bytes, last = first + map->n;
-    uintptr_t begin = (uintptr_t)from / window * window, end = (uintptr_t)from + n;
-    end = (end + window - 1) / window * window;
-    if (begin < first) begin = first / page * page;
-    if (end > last) end = last;
+    const uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE);
+    const uintptr_t begin = (uintptr_t)from / page * page, end = (uintptr_t)from + n;
+    /* of a shared file mapping only the page table's entries go: rounding outward loses nothing */
     if (end > begin) madvise((void *)begin, end - begin, MADV_DONTNEED);
 }
 

@@ -120,6 +120,11 @@ static enum status gguf_source_read(source *src, const char *name, int64_t row_b
     return STATUS_OK;
 }
 
+static void gguf_source_forget(source *src) {
+    const struct file_map *map = &((const struct gguf_source *)src)->map;
+    file_map_forget(map, map->bytes, map->n);
+}
+
 static void gguf_source_close(source *src) {
     struct gguf_source *s = (struct gguf_source *)src;
     gguf_file_fini(&s->file);
@@ -128,8 +133,11 @@ static void gguf_source_close(source *src) {
     free(s);
 }
 
-static const struct source_ops gguf_ops = {
-    .kind = "gguf", .find = gguf_source_find, .read = gguf_source_read, .close = gguf_source_close};
+static const struct source_ops gguf_ops = {.kind = "gguf",
+                                           .find = gguf_source_find,
+                                           .read = gguf_source_read,
+                                           .forget = gguf_source_forget,
+                                           .close = gguf_source_close};
 
 enum status gguf_open(const char *path, source **out) {
     enum status status;

@@ -306,6 +306,12 @@ static bool safetensors_block_scales(const source *src, const char *name, int64_
     return e && tensor_block_scales(e, row_begin, row_count, col_begin, col_count, scales);
 }
 
+static void safetensors_forget(source *src) {
+    struct safetensors_source *s = (struct safetensors_source *)src;
+    for (int i = 0; i < s->file_count; i++)
+        file_map_forget(&s->maps[i], s->maps[i].bytes, s->maps[i].n);
+}
+
 static enum status safetensors_read_text(const source *s, const char *file, size_t limit,
                                          char **text, size_t *n) {
     char path[sizeof s->path + 64];
@@ -325,6 +331,7 @@ static const struct source_ops safetensors_ops = {.kind = "safetensors",
                                                   .find = safetensors_find,
                                                   .read = safetensors_read,
                                                   .block_scales = safetensors_block_scales,
+                                                  .forget = safetensors_forget,
                                                   .read_text = safetensors_read_text,
                                                   .close = safetensors_close};
 

@@ -41,6 +41,9 @@ struct source_ops {
      * col_begin. False when the file does not keep them so. NULL: it never does. */
     bool (*block_scales)(const source *s, const char *name, int64_t row_begin, int64_t row_count,
                          int64_t col_begin, int64_t col_count, float *scales);
+    /* All rows have been read: pages that stayed in memory because somebody read next to them go as
+     * well. NULL: there are none. */
+    void (*forget)(source *s);
     /* A text file that belongs to the model, see source_read_text. NULL: there are none. */
     enum status (*read_text)(const source *s, const char *file, size_t limit, char **text,
                              size_t *n);

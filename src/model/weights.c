@@ -305,6 +305,7 @@ enum status weights_load(model *m, source *src,
     if (!m->config.tied)
         TRY_GOTO(load_vocab_matrix(&l, &m->lm_head, "lm_head.weight", &lm_head), out);
     TRY_GOTO(weights_read(src, m->be, &l.list, progress, user), out);
+    if (src->ops->forget) src->ops->forget(src);
 out:
     free(l.vector);
     free(l.list.runs);
