@@ -1,6 +1,9 @@
 """Plain HTTP with httpx: the routes that are not OpenAI's, headers, methods, disconnects."""
 import json
 import re
+import shutil
+import ssl
+import subprocess
 import time
 
 import httpx
@@ -112,3 +115,25 @@ def test_drain(make_server):
         answer = client.post("/admin/drain", json={})
         assert answer.status_code == 202 and answer.json() == {"status": "draining", "in_flight": 0}
         assert server.process.wait(30) == 0
+
+
+def test_tls(make_server, tmp_path):
+    """Its own certificate store, HTTP/1.1 by ALPN, a stream; the wrong certificate is refused."""
+    openssl = shutil.which("openssl")
+    if not openssl:
+        pytest.skip("no openssl to make a certificate")
+    for name in ("one", "two"):
+        subprocess.run([openssl, "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2",
+                        "-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost", "-out", tmp_path / f"{name}.pem",
+                        "-keyout", tmp_path / f"{name}.key"], check=True, capture_output=True)
+    server = make_server("--ssl-certfile", tmp_path / "one.pem", "--ssl-keyfile", tmp_path / "one.key", wait=False)
+    with server:
+        server.wait_line("serving", 60)
+        port = re.search(r"https://127.0.0.1:(\d+)", server.text)[1]
+        body = {"prompt": "1, 2,", "max_tokens": 20, "stream": True}
+        with httpx.Client(base_url=f"https://localhost:{port}", verify=ssl.create_default_context(cafile=tmp_path / "one.pem")) as secure:
+            with secure.stream("POST", "/v1/completions", json=body) as response:
+                assert response.status_code == 200 and list(response.iter_lines())[-2:] == ["data: [DONE]", ""]
+            assert secure.get("/health").json() == {"status": "ok"}
+        with httpx.Client(verify=ssl.create_default_context(cafile=tmp_path / "two.pem")) as other, pytest.raises(httpx.ConnectError):
+            other.get(f"https://localhost:{port}/health")
