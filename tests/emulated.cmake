@@ -31,7 +31,7 @@ target_compile_definitions(sfumato_emulated PRIVATE SFUMATO_WITH_CUBLASLT)
 add_executable(test_emulated_lt emulated_lt.c ${cuda_backend} stub/cuda_stub.c)
 target_compile_definitions(test_emulated_lt PRIVATE _GNU_SOURCE SFUMATO_WITH_CUBLASLT)
 target_include_directories(test_emulated_lt BEFORE PRIVATE stub ${own})
-target_link_libraries(test_emulated_lt PRIVATE test_support sf_kernels_fibre sf_base PkgConfig::CUNIT ${CMAKE_DL_LIBS})
+target_link_libraries(test_emulated_lt PRIVATE test_support sf_kernels_fibre sf_backend sf_base PkgConfig::CUNIT ${CMAKE_DL_LIBS})
 set_target_properties(test_emulated_lt PROPERTIES LINKER_LANGUAGE CXX)
 add_test(NAME l_emulated_lt COMMAND test_emulated_lt)
 set_tests_properties(l_emulated_lt PROPERTIES TIMEOUT 240
