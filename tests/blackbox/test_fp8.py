@@ -76,3 +76,13 @@ def test_a_gpu_computes_with_the_very_numbers(folders, tmp_path):
     for a, b in zip(*found):
         if b["top"][0][1] - b["top"][1][1] > 0.5:
             assert a["top"][0][0] == b["top"][0][0]
+
+
+def test_bench_load_measures_loading_beside_reading(folders):
+    result = launch("bench", "load", "--rounds", "3", "--json", model=folders("block")[0])
+    assert result.status == 0, result.err
+    facts = json.loads(result.out.decode().splitlines()[-1])
+    assert facts["file_bytes"] == (folders("block")[0] / "model.safetensors").stat().st_size
+    for name in ("hot", "cold"):
+        for key in ("read_gbs", "load_gbs", "ratio"):
+            assert 0 < facts[name][key]["min"] <= facts[name][key]["median"] <= facts[name][key]["max"]
