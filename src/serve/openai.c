@@ -28,12 +28,26 @@ void openai_write_usage(const struct request_usage *u, struct json_writer *w) {
     json_end(w, '}');
 }
 
-void openai_write_finish(const reply *r, struct json_writer *w) {
+void openai_end_delta(const struct reply_parts *parts, struct json_writer *w) {
+    json_key(w, "finish_reason");
+    json_write_null(w);
+    if (parts->trace->n > 0) {
+        json_key(w, "sfumato");
+        json_begin(w, '{');
+        reply_write_items(w, "trace", parts->trace);
+        json_end(w, '}');
+    }
+    json_end(w, '}');
+}
+
+void openai_end_choice(const reply *r, bool with_trace, struct json_writer *w) {
     struct reply_summary s;
     reply_summarise(r, &s);
     json_key(w, "finish_reason");
     json_write_text(w, s.finish == FINISH_REASON_LENGTH ? "length" : "stop");
     reply_write_stop_reason(r, w);
+    reply_write_info(r, with_trace, w);
+    json_end(w, '}');
 }
 
 static void write_head(const struct generation *g, const char *object, struct json_writer *w) {

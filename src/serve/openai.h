@@ -51,7 +51,10 @@ void generation_start(struct exchange *x, const struct shape *shape);
 
 /* "usage": {...} */
 void openai_write_usage(const struct request_usage *u, struct json_writer *w);
-/* "finish_reason", "stop_reason". */
-void openai_write_finish(const reply *r, struct json_writer *w);
+/* The end of a choice in a chunk that is not its last: no finish, new records of the trace; "}". */
+void openai_end_delta(const struct reply_parts *parts, struct json_writer *w);
+/* The end of a finished choice: finish_reason, stop_reason, sfumato; "}". with_trace: of a body, the
+ * last chunk's records have been sent before. */
+void openai_end_choice(const reply *r, bool with_trace, struct json_writer *w);
 
 #endif

@@ -64,15 +64,7 @@ static bool chat_delta(struct generation *g, int choice, const struct stream_del
     }
     json_end(w, '}');
     write_logprobs(g, &parts, w);
-    json_key(w, "finish_reason");
-    json_write_null(w);
-    if (parts.trace->n > 0) {
-        json_key(w, "sfumato");
-        json_begin(w, '{');
-        reply_write_items(w, "trace", parts.trace);
-        json_end(w, '}');
-    }
-    json_end(w, '}');
+    openai_end_delta(&parts, w);
     return true;
 }
 
@@ -84,9 +76,7 @@ static void chat_last(struct generation *g, int choice, struct json_writer *w) {
     json_end(w, '}');
     json_key(w, "logprobs");
     json_write_null(w);
-    openai_write_finish(r, w);
-    reply_write_info(r, false, w);
-    json_end(w, '}');
+    openai_end_choice(r, false, w);
 }
 
 static void chat_whole(struct generation *g, int choice, struct json_writer *w) {
@@ -115,9 +105,7 @@ static void chat_whole(struct generation *g, int choice, struct json_writer *w) 
     }
     json_end(w, '}');
     write_logprobs(g, &parts, w);
-    openai_write_finish(r, w);
-    reply_write_info(r, true, w);
-    json_end(w, '}');
+    openai_end_choice(r, true, w);
 }
 
 static const struct shape chat_shape = {

@@ -262,15 +262,7 @@ static bool completions_delta(struct generation *g, int choice, const struct str
     write_begin(choice, NULL, 0, delta->answer, delta->answer_n, w);
     write_logprobs(g, NULL, c, w);
     columns_clear(c);
-    json_key(w, "finish_reason");
-    json_write_null(w);
-    if (parts.trace->n > 0) {
-        json_key(w, "sfumato");
-        json_begin(w, '{');
-        reply_write_items(w, "trace", parts.trace);
-        json_end(w, '}');
-    }
-    json_end(w, '}');
+    openai_end_delta(&parts, w);
     return true;
 }
 
@@ -279,9 +271,7 @@ static void completions_last(struct generation *g, int choice, struct json_write
     write_begin(choice, NULL, 0, "", 0, w);
     json_key(w, "logprobs");
     json_write_null(w);
-    openai_write_finish(r, w);
-    reply_write_info(r, false, w);
-    json_end(w, '}');
+    openai_end_choice(r, false, w);
 }
 
 static void completions_whole(struct generation *g, int choice, struct json_writer *w) {
@@ -294,9 +284,7 @@ static void completions_whole(struct generation *g, int choice, struct json_writ
     write_begin(choice, own->texts[prompt], own->text_bytes[prompt], parts.answer->bytes,
                 parts.answer->n, w);
     write_logprobs(g, echo ? &own->prompts[prompt] : NULL, &own->choices[choice], w);
-    openai_write_finish(r, w);
-    reply_write_info(r, true, w);
-    json_end(w, '}');
+    openai_end_choice(r, true, w);
 }
 
 static const struct shape completions_shape = {
