@@ -9,7 +9,7 @@ import pathlib
 import subprocess
 
 import pytest
-from conftest import BUILD, MPI, launch
+from conftest import BUILD, MPI, TINY, launch
 
 EMULATED = pathlib.Path(BUILD) / "tests" / "sfumato_emulated"
 STUB = pathlib.Path(BUILD) / "tests" / "stub"
@@ -52,6 +52,19 @@ def test_the_ladder_runs_to_its_end_without_a_gpu(tmp_path):
     assert len(report["steps"]) >= 15 and {s["verdict"] for s in report["steps"]} == {"skip"}
     assert "libmpi.so" in " ".join(report["shared_libraries"])
     assert not any("cuda" in name for name in report["shared_libraries"])  # looked for when asked for
+
+
+@needs_emulation
+def test_fp8_kv_halves_the_pages_and_is_for_the_gpu():
+    per_token = {}
+    for kind in ("bf16", "fp8"):
+        status, _, out = emulated("inspect", "--model", str(TINY), "--json", "--kv-dtype", kind)
+        facts = json.loads(out)
+        assert status == 0 and facts["kv_dtype"] == kind
+        per_token[kind] = facts["ranks"][0]["kv_bytes_per_token"]
+    assert per_token["bf16"] == 2 * per_token["fp8"]
+    status, messages, _ = emulated("generate", "--model", str(TINY), "-p", "x", "--quiet", "--kv-dtype", "fp8")
+    assert status == 2 and len(messages) == 1 and "--kv-dtype fp8 is for --backend cuda" in messages[0], messages
 
 
 @needs_emulation
