@@ -10,6 +10,7 @@
 
 #include "backend/backend.h"
 #include "base/bf16.h"
+#include "base/fp8.h"
 #include "suite.h"
 
 extern size_t cuda_lt_scratch_bytes;
@@ -29,8 +30,25 @@ struct subject {
     void *in, *out;
 };
 
-static void open_subject(struct subject *s, enum matrix_kind kind, int64_t rows, int64_t cols,
-                         enum backend_gemm gemm) {
+/* A column matrix of up to 256 columns as codes, one scale for each 128 rows and columns. */
+static void send_fp8(const struct subject *s) {
+    const struct backend_upload *upload = s->be->ops->upload;
+    const size_t rows_bytes = ((size_t)(s->rows * s->cols) + 15) / 16 * 16;
+    size_t bytes = rows_bytes + 64;
+    void *slot[BACKEND_SLOTS];
+    CHECK_EQ(upload->begin(s->be, &bytes, slot), STATUS_OK);
+    fp8 *codes = slot[0];
+    float *scales = (float *)(void *)((char *)slot[0] + rows_bytes);
+    for (int i = 0; i < 4; i++) scales[i] = 0.01f * (float)(i + 1);
+    for (int64_t i = 0; i < s->rows * s->cols; i++)
+        codes[i] = fp8_quantise(s->weights[i], scales[i / s->cols / 128 * 2 + i % s->cols / 128]);
+    upload->rows(s->be, s->m, 0, 0, s->rows, codes, scales);
+    upload->wait(s->be, 0);
+    upload->end(s->be);
+}
+
+static void open_typed(struct subject *s, enum backend_dtype dtype, enum matrix_kind kind,
+                       int64_t rows, int64_t cols, enum backend_gemm gemm) {
     const struct backend_config config = {
         .local_ranks = 1, .rows_max = ROWS, .logit_rows_max = ROWS, .probes_max = 1, .gemm = gemm};
     const int parts = kind == MATRIX_GATE_UP ? 2 : 1;
@@ -39,7 +57,7 @@ static void open_subject(struct subject *s, enum matrix_kind kind, int64_t rows,
     *s = (struct subject){.kind = kind, .rows = rows, .cols = cols};
     CHECK_EQ(cuda_open(&config, &s->be), STATUS_OK);
     const struct matrix_spec spec = {.kind = kind,
-                                     .dtype = BACKEND_BF16,
+                                     .dtype = dtype,
                                      .rows = rows,
                                      .cols = cols,
                                      .slab_count = kind == MATRIX_ROW ? SLABS : 0,
@@ -54,12 +72,18 @@ static void open_subject(struct subject *s, enum matrix_kind kind, int64_t rows,
         bits[i] = bf16_from_float(suite_random_float(seed, next++));
         s->inputs[i] = bf16_to_float(bits[i]);
     }
-    for (int p = 0; p < parts; p++)
+    if (dtype == BACKEND_FP8) send_fp8(s);
+    for (int p = 0; p < parts && dtype == BACKEND_BF16; p++)
         s->be->ops->matrix_load(s->be, s->m, p, 0, rows, s->weights + p * rows * cols);
     s->in = s->be->ops->alloc(s->be, (size_t)(ROWS * cols) * 2, "inputs");
     s->out = s->be->ops->alloc(s->be, (size_t)(ROWS * rows) * 4, "outputs");
     CHECK_EQ(s->be->ops->write(s->be, s->in, bits, (size_t)(ROWS * cols) * 2), STATUS_OK);
     free(bits);
+}
+
+static void open_subject(struct subject *s, enum matrix_kind kind, int64_t rows, int64_t cols,
+                         enum backend_gemm gemm) {
+    open_typed(s, BACKEND_BF16, kind, rows, cols, gemm);
 }
 
 static enum status ready(struct subject *s) {
@@ -161,6 +185,31 @@ static void numbers_are_right(void) {
         }
 }
 
+/* fp8: beside our own kernel, which does not round weight times scale to bf16. */
+static void fp8_weights(void) {
+    enum { T = 70, N = 150, K = 200 };
+    float *out[2];
+    for (int lt = 0; lt < 2; lt++) {
+        struct subject s;
+        cuda_lt_scratch_bytes = 4 << 20;
+        open_typed(&s, BACKEND_FP8, MATRIX_COLUMN, N, K, lt ? GEMM_LT : GEMM_OWN);
+        CHECK_EQ(ready(&s), STATUS_OK);
+        out[lt] = calloc(T * N, sizeof(float));
+        s.be->ops->logits(s.be, T, s.m, s.in, s.out);
+        s.be->ops->read(s.be, out[lt], s.out, T * N * sizeof(float));
+        close_subject(&s);
+    }
+    double apart = 0, size = 0;
+    for (int i = 0; i < T * N; i++) {
+        apart += fabs((double)out[0][i] - out[1][i]);
+        size += fabs((double)out[0][i]);
+    }
+    CU_ASSERT(apart <= size / 512); /* a rounding of 2^-9 a weight, and many of them cancel */
+    CU_ASSERT(apart > 0 && size > T * N);
+    free(out[0]);
+    free(out[1]);
+}
+
 /* auto: whoever is faster; right in either case. own, and --deterministic: never the library. */
 static void choices_are_kept(void) {
     struct subject s;
@@ -214,6 +263,7 @@ static void refusals_are_survived(void) {
 
 const struct suite_case suite_cases[] = {
     {"the library's products are right, in one chunk or several", numbers_are_right},
+    {"fp8 weights: the product of our own kernel, but for a rounding", fp8_weights},
     {"own kernels where they are asked for, and in deterministic mode", choices_are_kept},
     {"a library that refuses, late or from the start, is done without", refusals_are_survived},
     {NULL, NULL},
