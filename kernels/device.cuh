@@ -40,7 +40,7 @@ enum { WARP = 32 };
 
 #ifdef KERNELS_FIBRE
 #define KERNELS_LAUNCH(kernel, grid, block, shared, stream, ...) \
-    ((void)(stream), fibre_launch(grid, block, shared, [&] { kernel(__VA_ARGS__); }))
+    fibre_launch(grid, block, shared, stream, kernel, __VA_ARGS__)
 #define KERNELS_SHARED(type, name) type *const name = (type *)(void *)fibre_shared
 #else
 #define KERNELS_LAUNCH(kernel, grid, block, shared, stream, ...) \

@@ -289,13 +289,60 @@ struct kernels_thinker {
     int32_t close_watch; /* index of the close marker among the probe's watched ids; -1: none */
     int32_t slot;        /* index into params, states and decisions */
 };
-/* gathered: [ranks][probe_count] records. decisions[slot] for each of the `count` thinkers; states
+/* gathered: [ranks] times probe_count records, rank_bytes apart. probe -1: the thinker rests, and its
+ * status says nothing. decisions[slot] for each of the `count` thinkers; states
  * move on. status[slot]: 1 decided, 0 the list was too short (state unchanged, ask for the whole
  * row), -1 the row has no finite maximum. */
 int kernels_think(kernels_stream stream, int count, const struct kernels_thinker *thinkers,
-                  struct kernels_probes batch, int ranks, const void *gathered,
+                  struct kernels_probes batch, int ranks, const void *gathered, size_t rank_bytes,
                   const struct think_params *params, struct think_state *states,
                   struct think_decision *decisions, int32_t *status);
+
+/* ---- runs: decode steps that follow one another on the device (run.cu, backend/run.h) ---- */
+
+struct run_answer;
+
+/* What a row keeps between steps. */
+struct kernels_slot {
+    int32_t position;   /* of its next input; -1: it rests */
+    int32_t page_begin; /* as in kernels_row */
+    int32_t steps;      /* decisions it may still make */
+    int32_t phase_bound;
+    uint64_t stamp; /* of its next answer */
+    int32_t count;  /* entries of its next input, >= 1, of a row that rests too */
+    uint64_t hash;  /* of its latest decision */
+    uint32_t ids[KERNELS_CANDIDATES_MAX];
+    float weights[KERNELS_CANDIDATES_MAX];
+};
+/* A rank's part of the gather: rows control words, hash << 1 | stop, and the records behind them. */
+struct kernels_run {
+    int32_t rows, ranks; /* rows of the step, those that rest included */
+    struct kernels_slot *slots;
+    const struct think_params *params;
+    struct think_state *states;
+    struct think_decision *decisions;
+    int32_t *status;
+    struct kernels_thinker *thinkers;
+    /* the batch of the step */
+    struct kernels_row *row;
+    int32_t *mix_begin;
+    uint32_t *mix_ids;
+    float *mix_weights;
+    struct batch_probe *probes;
+    uint64_t *control;          /* this rank's */
+    const unsigned char *all;   /* [ranks], rank_bytes apart */
+    size_t rank_bytes;
+    /* Pinned host memory, as the device sees it. stop: [rows], NULL on other ranks than 0, whose answers
+     * have no decision. answers: [answer_steps][answer_rows]; those of a stamp are at stamp modulo
+     * answer_steps. */
+    const uint32_t *stop;
+    struct run_answer *answers;
+    int32_t answer_steps, answer_rows;
+};
+/* slots ─► row, mix, temperatures of the probes, control. */
+int kernels_run_step(kernels_stream stream, struct kernels_run run);
+/* After kernels_think: status, decisions, control of all ranks ─► slots, thinkers, answers. */
+int kernels_run_decide(kernels_stream stream, struct kernels_run run);
 
 /* ---- measuring (bench.cu) ---- */
 

@@ -18,17 +18,17 @@ static __device__ __forceinline__ bool pair_before(struct batch_pair a, struct b
 
 /* grid: thinkers. */
 static __global__ void __launch_bounds__(THINK_THREADS, 1)
-    think(const struct kernels_thinker *thinkers, int probe_count, int k, int watch_max, int ranks,
-          const unsigned char *gathered, const struct think_params *params,
+    think(const struct kernels_thinker *thinkers, int k, int watch_max, int ranks,
+          const unsigned char *gathered, int64_t rank_stride, const struct think_params *params,
           struct think_state *states, struct think_decision *decisions, int32_t *status) {
     after_previous();
     __shared__ float z[KERNELS_CANDIDATES_MAX];
     __shared__ uint32_t id[KERNELS_CANDIDATES_MAX];
     const int tid = (int)threadIdx.x;
     const struct kernels_thinker me = thinkers[blockIdx.x];
+    if (me.probe < 0) return;
     const int64_t stride = batch_record_bytes(k, watch_max);
     const unsigned char *first = gathered + me.probe * stride;
-    const int64_t rank_stride = probe_count * stride;
 
     int total = 0;
     for (int r = 0; r < ranks; r++)
@@ -91,12 +91,13 @@ static __global__ void __launch_bounds__(THINK_THREADS, 1)
 
 extern "C" int kernels_think(kernels_stream stream, int count,
                              const struct kernels_thinker *thinkers, struct kernels_probes batch,
-                             int ranks, const void *gathered, const struct think_params *params,
-                             struct think_state *states, struct think_decision *decisions,
-                             int32_t *status) {
+                             int ranks, const void *gathered, size_t rank_bytes,
+                             const struct think_params *params, struct think_state *states,
+                             struct think_decision *decisions, int32_t *status) {
     if (count > 0)
         KERNELS_LAUNCH(think, dim3((unsigned)count), dim3(THINK_THREADS), 0, stream, thinkers,
-                       batch.probe_count, batch.candidate_count, batch.watch_max, ranks,
-                       (const unsigned char *)gathered, params, states, decisions, status);
+                       batch.candidate_count, batch.watch_max, ranks,
+                       (const unsigned char *)gathered, (int64_t)rank_bytes, params, states,
+                       decisions, status);
     return (int)cudaGetLastError();
 }

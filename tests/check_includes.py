@@ -16,7 +16,7 @@ MAY = {
     "load": set(),
     "kv": set(),
     "think": set(),
-    "backend": set(),
+    "backend": {"think"},  # decisions on the device: the pure headers
     "comm": {"backend"},
     "model": {"load", "backend", "comm", "kv"},
     "engine": {"model", "load", "backend", "comm", "kv", "think"},

@@ -7,13 +7,19 @@ if(NOT TARGET sf_kernels_fibre OR NOT TARGET sf_cmd)
 endif()
 set(own ${CMAKE_SOURCE_DIR}/src)
 file(GLOB cuda_backend CONFIGURE_DEPENDS ${own}/backend/cuda*.c)
-add_executable(sfumato_emulated ${own}/main.c ${own}/cmd/host.c ${own}/base/params.c ${own}/comm/comm.c
-               ${own}/comm/comm_nccl.c ${own}/comm/comm_fused.c ${own}/comm/comm_gpu.c ${cuda_backend} stub/cuda_stub.c)
-target_compile_definitions(sfumato_emulated PRIVATE _GNU_SOURCE SFUMATO_WITH_CUDA SFUMATO_WITH_NCCL)
-target_include_directories(sfumato_emulated BEFORE PRIVATE stub)
+set(emulated ${own}/comm/comm.c ${own}/comm/comm_nccl.c ${own}/comm/comm_fused.c
+    ${own}/comm/comm_gpu.c ${cuda_backend} stub/cuda_stub.c)
+add_executable(sfumato_emulated ${own}/main.c ${own}/cmd/host.c ${own}/base/params.c ${emulated})
+add_executable(test_i_run i_run.c ${emulated})
+target_link_libraries(test_i_run PRIVATE test_support sf_kernels_fibre sf_engine PkgConfig::CUNIT ${CMAKE_DL_LIBS})
+foreach(program sfumato_emulated test_i_run)
+  target_compile_definitions(${program} PRIVATE _GNU_SOURCE SFUMATO_WITH_CUDA SFUMATO_WITH_NCCL)
+  target_include_directories(${program} BEFORE PRIVATE stub)
+  # the stub of NCCL asks the program whether its stream is being captured
+  set_target_properties(${program} PROPERTIES LINKER_LANGUAGE CXX ENABLE_EXPORTS ON)
+endforeach()
 # the archives' own copies of these files are not pulled in: their names are here already
 target_link_libraries(sfumato_emulated PRIVATE sf_kernels_fibre sf_cmd ${CMAKE_DL_LIBS})
-set_target_properties(sfumato_emulated PROPERTIES LINKER_LANGUAGE CXX ENABLE_EXPORTS ON)
 
 add_library(nccl_stub SHARED stub/nccl_stub.c)
 target_compile_definitions(nccl_stub PRIVATE _GNU_SOURCE)
@@ -45,6 +51,21 @@ function(emulated name ranks)
   set_tests_properties(l_emulated_${name} PROPERTIES TIMEOUT 600 PROCESSORS 2
     ENVIRONMENT "${test_env};LD_LIBRARY_PATH=${CMAKE_CURRENT_BINARY_DIR}/stub")
 endfunction()
+# runs(NAME RANKS ARGUMENTS...): runs (engine/run.h) over a toy model.
+function(runs name ranks)
+  add_test(NAME i_run_${name}
+           COMMAND ${MPIEXEC_EXECUTABLE} ${MPIEXEC_NUMPROC_FLAG} ${ranks} $<TARGET_FILE:test_i_run> ${ARGN})
+  set_tests_properties(i_run_${name} PROPERTIES TIMEOUT 300 PROCESSORS 2
+    ENVIRONMENT "${test_env};LD_LIBRARY_PATH=${CMAKE_CURRENT_BINARY_DIR}/stub")
+endfunction()
+runs(n1 1)
+runs(staged_n2 2)
+runs(nccl_n2 2 nccl)
+# a rank that draws other numbers ends the job
+runs(differ_n2 2)
+set_tests_properties(i_run_differ_n2 PROPERTIES PASS_REGULAR_EXPRESSION "row 0: rank 1 decided otherwise than rank 0")
+set_property(TEST i_run_differ_n2 APPEND PROPERTY ENVIRONMENT SFUMATO_FAULT=run-differ:1:2)
+
 if(NOT SFUMATO_ASAN)
   emulated(verbs 1 verbs)
   emulated(verbs_exact 1 verbs --deterministic)

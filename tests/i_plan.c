@@ -5,11 +5,12 @@
 
 static _Alignas(8) unsigned char message[SAMPLE_BYTES];
 static struct sample sample;
+static struct plan_run run;
 
 static enum status view(size_t n, enum plan_kind *kind, struct batch *out) {
     uint64_t step = 0;
     int probe = -1;
-    return plan_view(message, n, &sample_limits, kind, &step, &probe, out);
+    return plan_view(message, n, &sample_limits, kind, &step, &probe, out, &run);
 }
 
 static void test_round_trip(void) {
@@ -20,7 +21,7 @@ static void test_round_trip(void) {
     uint64_t step;
     int probe;
     struct batch got;
-    CHECK_EQ(plan_view(message, n, &sample_limits, &kind, &step, &probe, &got), STATUS_OK);
+    CHECK_EQ(plan_view(message, n, &sample_limits, &kind, &step, &probe, &got, &run), STATUS_OK);
     CHECK_EQ(kind, PLAN_FETCH);
     CHECK_EQ(step, UINT64_C(1) << 40);
     CHECK_EQ(probe, 2);
@@ -62,7 +63,7 @@ static void test_stop(void) {
 static void test_limits(void) {
     sample_make(&sample);
     const size_t n = plan_encode(PLAN_STEP, 1, &sample.batch, 0, message, sizeof message);
-    const struct plan_limits exact = {8, 3, 2, 3, 10, 6, 3, 4, 50, 1000, 192};
+    const struct plan_limits exact = {8, 3, 2, 3, 10, 6, 3, 4, 50, 1000, 192, 0, 0, 0};
     CHECK_EQ(plan_bytes_max(&exact), n);
     for (int i = -1; i < 11; i++) {
         struct plan_limits l = exact;
@@ -77,7 +78,7 @@ static void test_limits(void) {
         uint64_t step;
         int probe;
         struct batch got;
-        CHECK_EQ(plan_view(message, n, &l, &kind, &step, &probe, &got),
+        CHECK_EQ(plan_view(message, n, &l, &kind, &step, &probe, &got, &run),
                  i < 0 ? STATUS_OK : STATUS_COMM);
     }
 }

@@ -327,12 +327,23 @@ static void reference_choice(const struct request *r, int choice, struct run *ru
     reference_steps(r, &p, &st, &state, run, false);
 }
 
+static bool fit_for_runs; /* scripts without what only ordinary steps can do */
+
 static void make_scripts(uint64_t seed, int count, bool with_choices) {
     seed_now = seed;
     draw_index = 0;
     for (int i = 0; i < count; i++) {
         for (int c = 0; c < 8; c++) run_clear(&scripts[i].want[c]);
         make_script(i, with_choices);
+        if (fit_for_runs) {
+            struct request *r = &scripts[i].request;
+            if (r->score) r->max_tokens = 30;
+            r->score = r->logprobs = false;
+            r->top_logprobs = 0;
+            r->presence_penalty = r->frequency_penalty = 0;
+            r->repetition_penalty = 1;
+            if (i % 8) r->think.thinking.top_k = r->think.answer.top_k = 1 + i; /* lists suffice */
+        }
         const struct request *r = &scripts[i].request;
         if (r->score) reference_score(r, &scripts[i].want[0]);
         for (int c = 0; c < r->choices && !r->score; c++)
@@ -385,6 +396,7 @@ struct way { /* of running the scripts */
     int arrive_in;  /* > 0: a request arrives per tick with probability 1 / this; 0: all at once */
     bool reversed;  /* order of submission */
 };
+static int run_steps, run_ahead; /* of the engine's runs; 0: none */
 static const struct way plain_way = {64, 512, 4000, 1, false, 0, 0, false};
 
 static struct engine_counters run_scripts(int count, const struct way *w) {
@@ -394,13 +406,15 @@ static struct engine_counters run_scripts(int count, const struct way *w) {
                                      .max_model_len = 512,
                                      .page_count = w->pages,
                                      .prefix_cache = w->cache,
-                                     .vocab_count = FAKE_VOCAB};
+                                     .vocab_count = FAKE_VOCAB,
+                                     .run_steps = run_steps,
+                                     .launch_ahead = run_ahead};
     int64_t position_max = 512;
     if (position_max > (int64_t)w->pages * KV_PAGE_TOKENS)
         position_max = (int64_t)w->pages * KV_PAGE_TOKENS;
-    fake.limits =
-        (struct plan_limits){w->chunk, 64,      64,       128,        64 * w->chunk, 1 << 20,
-                             1 << 20,  1 << 20, w->pages, FAKE_VOCAB, position_max};
+    fake.limits = (struct plan_limits){
+        w->chunk, 64,       64,         128,          64 * w->chunk, 1 << 20,   1 << 20,
+        1 << 20,  w->pages, FAKE_VOCAB, position_max, FAKE_RUN_ROWS, run_steps, run_ahead};
     memset(fake.pages, 0xee, sizeof fake.pages);
     CHECK_EQ(engine_new((model *)&fake, NULL, &o, on_event, &scripts, &live), STATUS_OK);
     int submitted = 0, choices = 0;
@@ -420,6 +434,8 @@ static struct engine_counters run_scripts(int count, const struct way *w) {
             break;
         }
     }
+    /* launched ahead before the stop, and before it was seen that all rows rest */
+    for (int i = 0; i < 2 * run_ahead && engine_tick(live); i++) continue;
     CU_ASSERT(!engine_tick(live));
     struct engine_counters counters;
     engine_counters_get(live, &counters);
@@ -692,8 +708,8 @@ static void test_refusals(void) {
                                      .queue_max = 1,
                                      .vocab_count = FAKE_VOCAB};
     fake.ranks = 1;
-    fake.limits = (struct plan_limits){64,      2,       64, 128,        64 * 64, 1 << 20,
-                                       1 << 20, 1 << 20, 4,  FAKE_VOCAB, 256};
+    fake.limits = (struct plan_limits){64,      2, 64,         128, 64 * 64, 1 << 20, 1 << 20,
+                                       1 << 20, 4, FAKE_VOCAB, 256, 0,       0,       0};
     engine *e;
     CHECK_EQ(engine_new((model *)&fake, NULL, &o, on_event, &scripts, &e), STATUS_OK);
     struct script *s = &scripts[0];
@@ -788,11 +804,98 @@ static void test_flipped_bit(void) {
     CHECK_EQ(WEXITSTATUS(how), STATUS_COMM);
 }
 
+/* Steps that decide on the device give the reference's decisions, whatever their number, however far they
+ * are launched ahead, and whatever happens to their sequences meanwhile. */
+static void test_runs(void) {
+    fit_for_runs = true;
+    make_scripts(31, 60, true);
+    const struct engine_counters plain =
+        run_scripts(60, &(struct way){.max_seqs = 12, .chunk = 64, .pages = 4000, .ranks = 1});
+    check_all(60);
+    for (int steps = 2; steps <= 32; steps *= 4)
+        for (int ahead = 1; ahead <= RUN_AHEAD_MAX; ahead *= 2) {
+            fake_run.begun = 0;
+            run_steps = steps;
+            run_ahead = ahead;
+            const struct engine_counters k = run_scripts(
+                60, &(struct way){12, 64, 4000, ahead == 2 ? 4 : 1, steps == 8, 0, 0, false});
+            check_all(60);
+            CU_ASSERT(k.decision_hash == plain.decision_hash);
+            CHECK_EQ(k.generated_tokens, plain.generated_tokens);
+            CHECK_EQ(k.soft_steps, plain.soft_steps);
+            CU_ASSERT(fake_run.begun > 10);
+            CU_ASSERT(k.run_steps > k.steps / 4);
+        }
+    CU_ASSERT(fake_run.ended_short > 0); /* and the row went on by an ordinary step */
+    /* few pages, evictions, late arrivals, one slot */
+    run_ahead = 2;
+    check_way(60, &(struct way){16, 64, 12, 1, true, 9, 3, false});
+    check_way(60, &(struct way){1, 512, 4000, 1, true, 0, 0, false});
+    run_steps = 5;
+    check_way(60, &(struct way){5, 32, 10, 2, false, 7, 2, true});
+    fit_for_runs = false;
+    make_scripts(32, 40, true); /* most steps cannot be runs */
+    check_way(40, &(struct way){3, 64, 4000, 1, true, 11, 0, false});
+    run_steps = run_ahead = 0;
+}
+
+/* A cancelled sequence costs at most the launch-ahead in further steps of its row, and no page. */
+static void test_runs_cancelled(void) {
+    fit_for_runs = true;
+    make_scripts(33, 120, true);
+    fit_for_runs = false;
+    for (int ahead = 1; ahead <= 4; ahead *= 2) {
+        cancel_one_in = 12;
+        cancel_quietly = ahead == 2;
+        fake_run.late = 0;
+        run_steps = 16;
+        run_ahead = ahead;
+        run_scripts(120, &(struct way){16, 64, 400, 1, true, 20, 2, false});
+        cancel_one_in = 0;
+        int aborted = 0;
+        for (int i = 0; i < 120; i++)
+            for (int c = 0; c < scripts[i].request.choices; c++) {
+                struct run *got = &scripts[i].got[c];
+                if (got->finish != FINISH_REASON_ABORT) {
+                    check_run(i, c);
+                    continue;
+                }
+                aborted++;
+                CU_ASSERT(memcmp(got->decisions, scripts[i].want[c].decisions,
+                                 (size_t)got->count * sizeof *got->decisions) == 0);
+            }
+        CU_ASSERT(aborted > 50);
+        CHECK_EQ(fake_run.late, 0);
+    }
+    run_steps = run_ahead = 0;
+}
+
+/* The other ranks' hashes: a rank that decides otherwise ends the job, with step, row and rank. */
+static void test_runs_differ(void) {
+    seed_now = 13;
+    scripts[0].request = plain_request(1000);
+    make_prompt(&scripts[0], 30, false, 0);
+    fflush(stdout);
+    const pid_t child = fork();
+    if (child == 0) {
+        fake.corrupt = true;
+        fake_run.differs_at = 3;
+        run_steps = 8;
+        run_ahead = 2;
+        run_scripts(1, &(struct way){4, 64, 100, 1, false, 0, 0, false});
+        _exit(0);
+    }
+    int how = 0;
+    CU_ASSERT(waitpid(child, &how, 0) == child);
+    CU_ASSERT(WIFEXITED(how));
+    CHECK_EQ(WEXITSTATUS(how), STATUS_COMM);
+}
+
 /* Freeing an engine with work in it leaves nothing behind (seen by the leak checker). */
 static void test_freed_in_flight(void) {
     make_scripts(12, 10, true);
-    fake.limits = (struct plan_limits){64,      4,       64, 128,        64 * 64, 1 << 20,
-                                       1 << 20, 1 << 20, 50, FAKE_VOCAB, 512};
+    fake.limits = (struct plan_limits){64,      4,  64,         128, 64 * 64, 1 << 20, 1 << 20,
+                                       1 << 20, 50, FAKE_VOCAB, 512, 0,       0,       0};
     const struct engine_options o = {.max_seqs = 4,
                                      .max_batched_tokens = 64,
                                      .max_model_len = 512,
@@ -830,5 +933,8 @@ const struct suite_case suite_cases[] = {
     {"random ways of running random scripts", test_random_ways},
     {"what cannot run is refused", test_refusals},
     {"a flipped bit in a record is named", test_flipped_bit},
+    {"runs: decisions on the device", test_runs},
+    {"runs: cancelled within", test_runs_cancelled},
+    {"runs: ranks that differ end the job", test_runs_differ},
     {"an engine may be freed in flight", test_freed_in_flight},
     {NULL, NULL}};

@@ -479,8 +479,8 @@ static void test_think(void) {
             rows[i] = (struct think_candidates){m[0], s[0], q[0], K, false, z[i], ids[i], close_z};
         }
         memcpy(want_states, states, sizeof states);
-        LAUNCH(kernels_think(NULL, N, thinkers, probes, R, gathered, params, states, decisions,
-                             status));
+        LAUNCH(kernels_think(NULL, N, thinkers, probes, R, gathered, stride * N, params, states,
+                             decisions, status));
         for (int i = 0; i < N; i++) {
             const bool decided = think_step(&params[i], &want_states[i], &rows[i], &want);
             CHECK_EQ(status[i], decided);
@@ -498,10 +498,14 @@ static void test_think(void) {
     for (int r = 0; r < R; r++)
         *(struct batch_record *)(void *)((unsigned char *)record + stride * (size_t)(r * N)) =
             (struct batch_record){-INFINITY, 0, 0, 0};
-    CHECK_EQ(
-        kernels_think(NULL, 1, thinkers, probes, R, gathered, params, states, decisions, status),
-        0);
+    CHECK_EQ(kernels_think(NULL, 1, thinkers, probes, R, gathered, stride * N, params, states,
+                           decisions, status),
+             0);
     CHECK_EQ(status[0], -1);
+    thinkers[0].probe = -1; /* rests: touches nothing */
+    status[0] = 77;
+    CHECK_EQ(kernels_think(NULL, 1, thinkers, probes, R, NULL, 0, NULL, NULL, NULL, status), 0);
+    CHECK_EQ(status[0], 77);
     free(gathered), free(params);
 }
 

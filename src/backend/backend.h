@@ -19,6 +19,7 @@
 #include <stdint.h>
 
 #include "backend/batch.h"
+#include "backend/run.h"
 #include "base/check.h"
 
 /* FP8 is e4m3 (base/fp8.h), of KV and of matrices: these with an fp32 scale a block of 128 x 128, their
@@ -39,6 +40,10 @@ struct backend_config {
     int rows_max;                   /* T never exceeds it */
     int logit_rows_max, probes_max; /* per step */
     bool deterministic;             /* CUDA: sums in slab order; the CPU has no other */
+    /* CUDA: memory is taken for these when it opens. */
+    struct batch_limits batch;
+    int run_rows, positions_max; /* rows of a run, 0: no runs; longest sequence */
+    int rank, ranks;             /* of the job */
     enum backend_gemm gemm;         /* CUDA, not deterministic */
 };
 
@@ -81,6 +86,32 @@ struct attention_spec {
     const int *kv_of_head;            /* [H] local kv head of each local query head */
     const float *rope_cos, *rope_sin; /* [max_positions, hd/2], made once in double */
     int layer;
+};
+
+/* What a rank brings to the all-gather of a run's step, and where the ranks' parts go; device memory. */
+struct run_exchange {
+    const void *mine;
+    size_t bytes;
+    void *all;
+};
+
+/* Runs (run.h): between `step` and `decide` come the verbs of a forward pass, with the batch that
+ * `step` gave. Everything between `replay` or `capture` and `captured` goes onto one stream and depends
+ * on device memory only. Sizes of a step (rows are filled up to a bucket, context) are fixed by begin. */
+struct run_ops {
+    void (*begin)(backend *b, const struct batch *first, const struct run_row *rows);
+    /* Launches the graph of a whole step. False: there is none for this shape yet. */
+    bool (*replay)(backend *b);
+    /* From here on work is recorded, not done. False: this shape has to be run once before. */
+    bool (*capture)(backend *b);
+    void (*captured)(backend *b); /* ... up to here: keeps the graph, and launches it */
+    const struct batch *(*step)(backend *b);
+    struct run_exchange (*candidates)(backend *b, const struct batch *batch, const float *logits,
+                                      int slab_count, const int64_t *vocab_begin,
+                                      int64_t vocab_count);
+    void (*decide)(backend *b, const struct batch *batch);
+    const struct run_answer *(*answer)(backend *b, int step, int row); /* as model_run_answer */
+    void (*stop)(backend *b, int row);
 };
 
 /* The way of weights to a device with memory of its own. The host threads (host_run) bring rows into
@@ -177,6 +208,7 @@ struct backend_ops {
     /* Benchmarks only: keeps the device busy for so long, in order with the verbs, without touching
      * memory: a collective that is not there. NULL: the host waits. */
     void (*delay)(backend *b, double us);
+    const struct run_ops *run; /* NULL: decisions are the host's */
 };
 
 /* First member of every backend. */
@@ -186,6 +218,7 @@ struct backend {
     enum backend_numerics numerics; /* in use: FMA or DPBF16 */
     int threads;      /* that compute */
     int host_threads; /* of host_run */
+    int run_rows;     /* rows a run may have; 0: none */
     size_t weight_bytes, kv_bytes, scratch_bytes; /* taken so far */
     /* A GPU only. stream: what all verbs run on (cudaStream_t). watch: called again and again while
      * the host waits for the device, so that whoever has work on the stream can see that it will

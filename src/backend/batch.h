@@ -51,6 +51,11 @@ struct batch {
     const uint32_t *watch_ids;
 };
 
+/* Longest arrays of a batch, beside what backend_config says of rows and probes. */
+struct batch_limits {
+    int64_t segments, mix, pages, edits, watch;
+};
+
 /* A rank's answer to one probe; followed by K pairs, then watch_max pairs. count <= K pairs are
  * used, sorted by (z desc, id asc). A watch pair not owned by the rank has z = -inf. A rank with no
  * id with z > -inf has m = -inf, s = q = 0. Stride in bytes: batch_record_bytes. */

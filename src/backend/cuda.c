@@ -139,6 +139,7 @@ static void cuda_close(backend *b) {
                                            &cuda->row_list,   &cuda->batch.device};
     for (size_t i = 0; i < sizeof buffers / sizeof *buffers; i++) cudaFree(buffers[i]->data);
     cuda_matrices_close(cuda);
+    cuda_run_close(cuda);
     cuda_lt_close(cuda);
     cudaFreeHost(cuda->batch.pinned);
     cudaFreeHost(cuda->records_pinned);
@@ -234,6 +235,8 @@ enum status cuda_open(const struct backend_config *config, backend **out) {
     TRY_GOTO(open_device(cuda, config), out);
     TRY_GOTO(cuda_lt_open(cuda, config->gemm), out);
     TRY_GOTO(take_buffers(cuda), out);
+    TRY_GOTO(cuda_batch_open(cuda, config), out);
+    TRY_GOTO(cuda_run_open(cuda, config), out);
     cuda->base.stream = cuda->stream;
     *out = &cuda->base;
     return STATUS_OK;
@@ -270,4 +273,5 @@ static const struct backend_ops cuda_ops = {
     .read_sweep = cuda_read_sweep,
     .peak_flops = cuda_peak_flops,
     .delay = cuda_delay,
+    .run = &cuda_run_ops,
 };

@@ -5,15 +5,16 @@
  *   cuda_step.c     a step: the batch on the device, embedding, norms, answers
  *   cuda_attention.c, cuda_products.c    the other verbs over kernels/kernels.h
  *   cuda_lt.c       products of many rows by cuBLASLt
+ *   cuda_run.c      runs: steps that decide on the device, their graphs and answers
  *   cuda_bench.c    what benchmarks ask
  *
- * One stream; a verb queues kernels and returns. The host waits in two places: `read` and
- * `candidates`, whose answers the engine decides on (a host-synchronous step). There are no CUDA
- * graphs, no launch-ahead and no device sampler in this backend yet.
+ * One stream; a verb queues kernels and returns. The host waits in three places: `read`, `candidates`,
+ * whose answers the engine decides on (an ordinary step), and for answers of a run, which is queued
+ * steps ahead.
  *
  * Thread: engine. Memory: device memory lives as long as the backend; what verbs need in between is
- * taken while matrices and the KV pool are made. Only the copy of a batch can grow later, when a
- * step brings more edits than any before it.
+ * taken while it is opened and while matrices and the KV pool are made, by the largest step there can
+ * be.
  */
 #ifndef SFUMATO_BACKEND_CUDA_H
 #define SFUMATO_BACKEND_CUDA_H
@@ -23,7 +24,7 @@
 #include "backend/backend.h"
 #include "kernels/kernels.h"
 
-enum { CUDA_HEADS_MAX = 1024, CUDA_WATCH_MAX = 64, CUDA_ALIGN = 256 };
+enum { CUDA_HEADS_MAX = 1024, CUDA_WATCH_MAX = 64, CUDA_ALIGN = 256, CUDA_GRAPHS_MAX = 256 };
 
 /* Device memory that may be replaced by a larger piece; zeroed. */
 struct cuda_buffer {
@@ -43,6 +44,44 @@ struct cuda_batch {
     const uint32_t *mix_ids;
     const float *mix_weights;
     struct kernels_probes probes;
+};
+
+/* A whole step of a run, by shape. exec NULL: not captured yet. */
+struct cuda_graph {
+    int32_t rows, candidate_count, context_max;
+    bool seen; /* was run once, kernel by kernel */
+    cudaGraphExec_t exec;
+};
+
+/* What a run brings: [rows], and the lists they point into. */
+struct cuda_run_rows {
+    struct kernels_slot *slots;
+    struct think_params *params;
+    struct think_state *states;
+    struct kernels_thinker *thinkers;
+    struct batch_probe *probes;
+    uint32_t *watch_ids;
+    int32_t *pages;
+    struct batch_edit *edits;
+};
+
+struct cuda_run {
+    int rows_max, positions_max;
+    int64_t pages_max, edits_max;
+    unsigned char *pinned; /* host, stop, answers and the two arrays after them */
+    struct cuda_run_rows host, device;
+    uint32_t *stop;
+    struct run_answer *answers;
+    struct batch_segment *segments; /* of `shape` */
+    int32_t *host_logit_rows;       /* 0, 1, 2 ... */
+    int32_t *logit_rows;            /* the same on the device */
+    struct kernels_run kernels;
+    struct batch shape; /* of a step, for the verbs: counts only */
+    int context_max;
+    uint64_t first_stamp, next_stamp; /* of the run's first step; of the one queued next */
+    struct cuda_graph *graph;         /* of the shape; NULL: no room for one */
+    struct cuda_graph graphs[CUDA_GRAPHS_MAX];
+    int graph_count;
 };
 
 struct matrix {
@@ -69,6 +108,7 @@ struct cuda {
     int positions_max;
     struct cuda_batch batch;
     cudaEvent_t batch_sent;
+    struct cuda_run run;
     int kv_of_head[CUDA_HEADS_MAX], head_count; /* what tiles were made of */
     struct kernels_tile *tiles;                 /* device, [CUDA_HEADS_MAX] */
     int tile_count, tile_heads_max;
@@ -106,6 +146,8 @@ extern const struct backend_upload cuda_upload_ops;
 void cuda_host_run(backend *b, void (*run)(void *context, int thread), void *context);
 
 /* cuda_step.c */
+enum status cuda_batch_open(struct cuda *cuda, const struct backend_config *config);
+struct kernels_borders cuda_borders(int slab_count, const int64_t *vocab_begin);
 void cuda_begin(backend *b, const struct batch *batch);
 void cuda_embed_mix(backend *b, const struct batch *batch, const matrix *embed, int slab_count,
                     const int64_t *vocab_begin, float *out);
@@ -130,6 +172,11 @@ void cuda_attention(backend *b, const struct batch *batch, const struct attentio
 void cuda_row_matmul(backend *b, int rows, const matrix *w, const void *in, float *partial);
 void cuda_gate_up(backend *b, int rows, const matrix *w, const void *h, void *act);
 void cuda_logits(backend *b, int rows, const matrix *w, const void *h, float *logits);
+
+/* cuda_run.c */
+extern const struct run_ops cuda_run_ops;
+enum status cuda_run_open(struct cuda *cuda, const struct backend_config *config);
+void cuda_run_close(struct cuda *cuda);
 
 /* cuda_lt.c. open: looks for the library; tune: once all weights and the KV pool are there. */
 enum status cuda_lt_open(struct cuda *cuda, enum backend_gemm gemm);

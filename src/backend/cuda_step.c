@@ -76,20 +76,28 @@ static int32_t fill_rows(const struct batch *b, struct kernels_row *rows) {
     return context;
 }
 
-/* Room for a batch of `bytes`, on both sides. */
-static enum status batch_room(struct cuda *cuda, size_t bytes) {
+/* Room for the longest batch there can be, on both sides. */
+enum status cuda_batch_open(struct cuda *cuda, const struct backend_config *config) {
     struct cuda_batch *to = &cuda->batch;
-    if (bytes <= to->pinned_bytes) return STATUS_OK;
-    const size_t room = 2 * bytes; /* growing is rare then */
-    cudaFreeHost(to->pinned);
-    to->pinned_bytes = 0;
-    if (cudaHostAlloc((void **)&to->pinned, room, cudaHostAllocDefault) != cudaSuccess) {
+    const struct batch_limits *l = &config->batch;
+    const int64_t rows = cuda->rows_max;
+    const int64_t sizes[PARTS] = {[ROWS] = rows * (int64_t)sizeof(struct kernels_row),
+                                  [PAGES] = l->pages * (int64_t)sizeof(int32_t),
+                                  [MIX_BEGIN] = (rows + 1) * (int64_t)sizeof(int32_t),
+                                  [MIX_IDS] = l->mix * (int64_t)sizeof(uint32_t),
+                                  [MIX_WEIGHTS] = l->mix * (int64_t)sizeof(float),
+                                  [LOGIT_ROWS] = cuda->logit_rows_max * (int64_t)sizeof(int32_t),
+                                  [PROBES] = cuda->probes_max * (int64_t)sizeof(struct batch_probe),
+                                  [EDITS] = l->edits * (int64_t)sizeof(struct batch_edit),
+                                  [WATCH_IDS] = l->watch * (int64_t)sizeof(uint32_t)};
+    size_t bytes = 0;
+    for (int i = 0; i < PARTS; i++) bytes += (size_t)sizes[i] + PART_ALIGN;
+    if (cudaHostAlloc((void **)&to->pinned, bytes, cudaHostAllocDefault) != cudaSuccess) {
         to->pinned = NULL;
         return fail(STATUS_MEMORY, "no pinned host memory for a batch of %zu bytes", bytes);
     }
-    TRY(cuda_grow(cuda, &to->device, room, "batch"));
-    to->pinned_bytes = room;
-    return STATUS_OK;
+    to->pinned_bytes = bytes;
+    return cuda_grow(cuda, &to->device, bytes, "batch");
 }
 
 void cuda_begin(backend *b, const struct batch *batch) {
@@ -99,8 +107,8 @@ void cuda_begin(backend *b, const struct batch *batch) {
     ASSERT_LE(batch->row_count, cuda->rows_max);
     ASSERT_LE(batch->probe_count, cuda->probes_max);
     const size_t bytes = list_parts(batch, parts);
+    ASSERT_LE(bytes, to->pinned_bytes);
     cuda_must((int)cudaEventSynchronize(cuda->batch_sent), "batch");
-    if (batch_room(cuda, bytes) != STATUS_OK) check_device_fault("%s", fail_text());
     to->context_max = fill_rows(batch, (struct kernels_row *)(to->pinned + parts[ROWS].at));
     for (int i = 0; i < PARTS; i++) {
         if (parts[i].host && parts[i].bytes > 0)
@@ -130,7 +138,7 @@ void cuda_begin(backend *b, const struct batch *batch) {
     };
 }
 
-static struct kernels_borders borders_of(int slab_count, const int64_t *vocab_begin) {
+struct kernels_borders cuda_borders(int slab_count, const int64_t *vocab_begin) {
     struct kernels_borders out = {.count = slab_count};
     ASSERT_LE(slab_count, KERNELS_PARTS_MAX);
     for (int s = 0; s <= slab_count; s++) out.begin[s] = vocab_begin[s];
@@ -144,10 +152,10 @@ void cuda_embed_mix(backend *b, const struct batch *batch, const matrix *embed, 
     const struct cuda *cuda = cuda_of(b);
     const struct cuda_batch *on = &cuda->batch;
     ASSERT_EQ(batch->row_count, on->row_count);
-    cuda_must(
-        kernels_embed_mix(cuda->stream, batch->row_count, on->mix_begin, on->mix_ids,
-                          on->mix_weights, &embed->shape, borders_of(slab_count, vocab_begin), out),
-        "embedding mixture");
+    cuda_must(kernels_embed_mix(cuda->stream, batch->row_count, on->mix_begin, on->mix_ids,
+                                on->mix_weights, &embed->shape,
+                                cuda_borders(slab_count, vocab_begin), out),
+              "embedding mixture");
 }
 
 void cuda_add_norm(backend *b, int rows, int hidden, bool first, float scale, const float *sum,
@@ -188,7 +196,7 @@ void cuda_candidates(backend *b, const struct batch *batch, const float *logits,
     ASSERT_LE(batch->candidate_count, KERNELS_CANDIDATES_MAX);
     ASSERT_LE(bytes, cuda->records_pinned_bytes);
     cuda_must(kernels_candidates(cuda->stream, cuda->batch.probes, logits,
-                                 borders_of(slab_count, vocab_begin), vocab_count,
+                                 cuda_borders(slab_count, vocab_begin), vocab_count,
                                  cuda->records.data, cuda->candidates.data),
               "candidates");
     cuda_must((int)cudaMemcpyAsync(cuda->records_pinned, cuda->records.data, bytes,
@@ -207,7 +215,7 @@ void cuda_probe_logits(backend *b, const struct batch *batch, int probe, const f
     ASSERT_EQ(batch->probe_count, cuda->batch.probes.probe_count);
     ASSERT_LE(bytes, cuda->whole_row.bytes);
     cuda_must(kernels_probe_logits(cuda->stream, cuda->batch.probes, probe, logits,
-                                   borders_of(slab_count, vocab_begin), vocab_count,
+                                   cuda_borders(slab_count, vocab_begin), vocab_count,
                                    cuda->whole_row.data),
               "logits of a probe");
     b->ops->read(b, out, cuda->whole_row.data, bytes);

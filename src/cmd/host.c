@@ -177,6 +177,8 @@ void host_plan_model(struct host *h) {
                                                               : p->max_num_seqs),
         .max_model_len = p->max_model_len > 0 ? p->max_model_len : c->max_positions,
         .prefix_cache = p->prefix_cache == 0,
+        .run_steps = p->backend == BACKEND_IS_CUDA ? (int)p->run_steps : 0,
+        .launch_ahead = (int)p->launch_ahead,
         .vocab_count = h->facts.vocab_count > 0 ? h->facts.vocab_count : c->vocab_rows,
     };
     h->model_options = (struct model_options){
@@ -253,6 +255,11 @@ void host_plan_backend(struct host *h) {
         .logit_rows_max = h->model_options.logit_rows_max,
         .probes_max = engine_probes_max(&h->engine_options),
         .deterministic = p->deterministic,
+        .batch = engine_batch_limits(&h->engine_options),
+        .run_rows = engine_run_rows_max(&h->engine_options),
+        .positions_max = h->model_options.max_positions,
+        .rank = h->rank,
+        .ranks = h->ranks,
         .gemm = (enum backend_gemm)p->gemm,
     };
     config->numerics = (enum backend_numerics)comm_agree_min(h->comm, (int)cpu_numerics(config));

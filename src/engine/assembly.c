@@ -47,15 +47,21 @@ void assembly_fini(struct assembly *a) {
     free(a->edits);
 }
 
-/* How many candidates the coming step needs; wider filters than CANDIDATES_MANY take the slow path.
- */
-static int row_width(const struct sequence *s) {
-    if (s->task->request.score) return CANDIDATES_FEW;
-    const struct think_params *p = &s->think;
-    const bool thinks = s->thought.phase == PHASE_THINKING;
+/* How many candidates a step of the phase needs; wider filters than CANDIDATES_MANY take the slow
+ * path. */
+static int phase_width(const struct think_params *p, enum think_phase phase) {
+    const bool thinks = phase == PHASE_THINKING;
     int widest = thinks ? p->thinking.top_k : p->answer.top_k;
     if (thinks && p->mode != THINK_OFF && p->max_topk > widest) widest = p->max_topk;
     return widest > CANDIDATES_FEW ? CANDIDATES_MANY : CANDIDATES_FEW;
+}
+
+static int row_width(const struct sequence *s, bool run) {
+    if (s->task->request.score) return CANDIDATES_FEW;
+    const enum think_phase phase = s->thought.phase;
+    const int own = phase_width(&s->think, phase);
+    const int other = phase_width(&s->think, phase ? PHASE_ANSWER : PHASE_THINKING);
+    return run && other > own ? other : own;
 }
 
 struct cursor { /* ends of the CSR arrays so far */
@@ -131,7 +137,7 @@ static void ask_scored(struct assembly *a, struct cursor *at, struct ask *ask) {
     ask->own_probe = a->batch.probe_count - 1;
 }
 
-void assembly_make(struct assembly *a, const struct sched_work *works, int work_count) {
+void assembly_make(struct assembly *a, const struct sched_work *works, int work_count, bool run) {
     struct batch *b = &a->batch;
     struct cursor at = {0};
     a->ask_count = 0;
@@ -149,7 +155,8 @@ void assembly_make(struct assembly *a, const struct sched_work *works, int work_
     for (int w = 0; w < work_count; w++) {
         struct sequence *s = works[w].sequence;
         const int64_t end = s->computed + works[w].row_count;
-        const int32_t page_count = (int32_t)((end + KV_PAGE_TOKENS - 1) / KV_PAGE_TOKENS);
+        const int64_t reach = s->computed + works[w].reach;
+        const int32_t page_count = (int32_t)((reach + KV_PAGE_TOKENS - 1) / KV_PAGE_TOKENS);
         a->segments[b->segment_count++] = (struct batch_segment){.row_begin = b->row_count,
                                                                  .row_count = works[w].row_count,
                                                                  .position = (int32_t)s->computed,
@@ -162,7 +169,7 @@ void assembly_make(struct assembly *a, const struct sched_work *works, int work_
             a->logit_rows[b->logit_row_count++] = b->row_count - i;
             struct ask *ask = &a->asks[a->ask_count++];
             *ask = (struct ask){
-                .sequence = s, .position = end - i, .raw_probe = -1, .keep = row_width(s)};
+                .sequence = s, .position = end - i, .raw_probe = -1, .keep = row_width(s, run)};
             if (s->task->request.score) {
                 ask_scored(a, &at, ask);
             } else {

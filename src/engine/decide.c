@@ -137,14 +137,27 @@ static bool decide_ending(struct sequence *s, const struct think_decision *d, st
     return true;
 }
 
+void decide_settle(struct engine *e, struct sequence *s, const struct step_report *report) {
+    const struct think_decision *d = report->decision;
+    struct ending ending;
+    count_decision(e, s, report->step, d);
+    const bool ends = decide_ending(s, d, &ending);
+    if (!ends) sequence_append(s, d);
+    engine_emit_step(e, s, report);
+    if (s->task->sharing != SHARING_NONE && s->choice == 0) {
+        share_step(e, s, report);
+        share_after_step(e, s, d, ends ? &ending : NULL);
+    }
+    if (ends && s->state != SEQUENCE_DONE) engine_end(e, s, &ending, false);
+}
+
 static void decide_generated(struct engine *e, const struct ask *ask) {
     struct sequence *s = ask->sequence;
     const struct request *r = &s->task->request;
     struct merge_row row, other;
     merge_row_of(e, ask, ask->own_probe, ask->keep, &row);
-    struct ending ending = {.finish = FINISH_REASON_ERROR};
     if (row.count == 0) { /* every id is masked: nothing can follow */
-        engine_end(e, s, &ending, false);
+        engine_end(e, s, &(struct ending){.finish = FINISH_REASON_ERROR}, false);
         return;
     }
     const uint32_t step = s->thought.step;
@@ -161,15 +174,7 @@ static void decide_generated(struct engine *e, const struct ask *ask) {
         report.logprob = raw_logprob(e, ask, raw, d.trace_id);
         report.top_count = top_logprobs(raw, r->top_logprobs, top);
     }
-    count_decision(e, s, step, &d);
-    const bool ends = decide_ending(s, &d, &ending);
-    if (!ends) sequence_append(s, &d);
-    engine_emit_step(e, s, &report);
-    if (s->task->sharing != SHARING_NONE && s->choice == 0) {
-        share_step(e, s, &report);
-        share_after_step(e, s, &d, ends ? &ending : NULL);
-    }
-    if (ends && s->state != SEQUENCE_DONE) engine_end(e, s, &ending, false);
+    decide_settle(e, s, &report);
 }
 
 /* One position of a score request. ln p of a concept token is the weighted sum of its entries'. */

@@ -2,6 +2,7 @@
  *
  *   submit: check ─► copy (task_new) ─► take: sequences into the queue, or held for a shared thought
  *   tick:   sched_plan ─► assembly_make ─► step_send ─► step_forward ─► sched_computed ─► decide_row each
+ *           or a step of a run (run.c), which lasts over many ticks
  *   end:    pages back, last event; the task is freed once all its sequences are done and no tick runs
  *
  * A callback may cancel anything at any time, so whoever holds a sequence across an event looks at
@@ -63,6 +64,7 @@ enum status engine_new(model *m, comm *c, const struct engine_options *options,
         sched_init(&e->sched, &e->rank.limits, e->options.max_seqs, e->options.prefix_cache, seed),
         out);
     TRY_GOTO(assembly_init(&e->assembly, &e->rank.limits), out);
+    TRY_GOTO(run_init(&e->run, &e->rank.limits), out);
     const size_t vocab = (size_t)e->options.vocab_count;
     e->kept_records = malloc((size_t)comm_size(c) * step_records_bytes_max(&e->rank.limits));
     e->full_keys = malloc(2 * vocab * sizeof *e->full_keys);
@@ -97,6 +99,7 @@ void engine_free(engine *e) {
     }
     sched_fini(&e->sched);
     assembly_fini(&e->assembly);
+    run_fini(&e->run);
     step_fini(&e->rank);
     free(e->kept_records);
     free(e->full_keys);
@@ -235,6 +238,7 @@ static void emit_finished(engine *e, const struct sequence *s, const struct endi
 void engine_end(engine *e, struct sequence *s, const struct ending *ending, bool quiet) {
     struct task *t = s->task;
     if (s->state == SEQUENCE_HELD) e->held_count--;
+    run_forget(e, s);
     sched_remove(&e->sched,
                  s); /* state DONE: whoever cancels it from the event below finds it gone */
     if (--t->live_count == 0) e->finished_tasks++;
@@ -269,7 +273,10 @@ void engine_cancel(engine *e, uint64_t request_id, int choice, bool quiet) {
     free_finished_tasks(e);
 }
 
-void engine_preempt(engine *e) { sched_preempt_youngest(&e->sched); }
+void engine_preempt(engine *e) {
+    const struct sequence *victim = sched_preempt_youngest(&e->sched);
+    if (victim) run_forget(e, victim);
+}
 
 /* ---- tick ---- */
 
@@ -281,15 +288,16 @@ static void note_waits(const struct sched *sched, double now) {
     }
 }
 
-bool engine_tick(engine *e) {
-    if (e->sched.waiting_count + e->sched.running_count == 0) return false;
-    const double begin = now_seconds();
-    e->in_tick = true;
-    if (fault_every("preempt")) engine_preempt(e);
-    sched_plan(&e->sched);
-    ASSERT_LT(0, e->sched.work_count);
-    note_waits(&e->sched, begin);
-    assembly_make(&e->assembly, e->sched.works, e->sched.work_count);
+/* Reads one step of a run. */
+static void tick_run(engine *e, double begin) {
+    run_tick(e);
+    e->counters.run_steps++;
+    e->counters.forward_seconds += now_seconds() - begin;
+}
+
+/* One ordinary step. */
+static void tick_step(engine *e, double begin) {
+    assembly_make(&e->assembly, e->sched.works, e->sched.work_count, false);
     const double assembled = now_seconds();
     step_send(&e->rank, PLAN_STEP, e->step, &e->assembly.batch, 0);
     const double planned = now_seconds();
@@ -299,16 +307,40 @@ bool engine_tick(engine *e) {
     sched_computed(&e->sched);
     for (int i = 0; i < e->assembly.ask_count; i++) decide_row(e, &e->assembly.asks[i]);
     e->step++;
-    e->in_tick = false;
-    free_finished_tasks(e);
     e->counters.plan_seconds += planned - begin;
     e->counters.broadcast_seconds += planned - assembled;
     e->counters.forward_seconds += computed - planned;
     e->counters.sample_seconds += now_seconds() - computed;
+}
+
+bool engine_tick(engine *e) {
+    if (!e->run.active && e->sched.waiting_count + e->sched.running_count == 0) return false;
+    const double begin = now_seconds();
+    e->in_tick = true;
+    if (fault_every("preempt")) engine_preempt(e);
+    bool run = e->run.active;
+    if (!run) {
+        sched_plan(&e->sched);
+        ASSERT_LT(0, e->sched.work_count);
+        note_waits(&e->sched, begin);
+        run = run_start(e);
+    }
+    if (run) {
+        tick_run(e, begin);
+    } else {
+        tick_step(e, begin);
+    }
+    e->in_tick = false;
+    free_finished_tasks(e);
     return true;
 }
 
-void engine_stop(engine *e) { step_send(&e->rank, PLAN_STOP, e->step, NULL, 0); }
+void engine_stop(engine *e) {
+    e->in_tick = true; /* tasks stay */
+    run_stop(e);
+    e->in_tick = false;
+    step_send(&e->rank, PLAN_STOP, e->step, NULL, 0);
+}
 
 void engine_counters_get(const engine *e, struct engine_counters *out) {
     const kv_pool *pool = e->sched.pool;

@@ -29,11 +29,16 @@ struct engine_options {
     bool prefix_cache;
     int queue_max;   /* waiting sequences; 0 = no limit */
     int vocab_count; /* ids the tokenizer knows; 0 = every row of the matrix */
+    /* Where the backend decides on the device (engine/run.h): most steps of a run, 0 = no runs, and
+     * steps launched before the first of them has been read, 1 .. RUN_AHEAD_MAX. */
+    int run_steps, launch_ahead;
 };
 
 /* What the model and the backend must be able to do in one step (model_options, backend_config). */
 int engine_logit_rows_max(const struct engine_options *options);
 int engine_probes_max(const struct engine_options *options);
+int engine_run_rows_max(const struct engine_options *options);
+struct batch_limits engine_batch_limits(const struct engine_options *options);
 
 typedef void (*engine_event_fn)(void *user, const struct engine_event *event);
 
@@ -55,7 +60,8 @@ enum status engine_take(engine *e, struct task *t);
 void engine_cancel(engine *e, uint64_t request_id, int choice, bool quiet);
 /* The heaviest step there can be, before the first request: what it takes is there then. */
 void engine_warm_up(engine *e);
-/* Runs one step. False when there is nothing to do (nothing was sent to the other ranks). */
+/* Runs one step, or reads one of a run's. False when there is nothing to do (nothing was sent to the
+ * other ranks). */
 bool engine_tick(engine *e);
 /* Evicts the youngest running sequence as if pages had run out; nothing it says may change by it.
  * For tests (also: SFUMATO_FAULT=preempt:0:N, before every N-th tick). */
@@ -67,8 +73,8 @@ void engine_stop(engine *e);
 void engine_follow(model *m, comm *c, const struct engine_options *options);
 
 struct engine_counters {
-    uint64_t steps, preemptions, prompt_tokens, cached_tokens, generated_tokens, soft_steps,
-        full_fetches;
+    uint64_t steps, run_steps /* of these, in runs */, preemptions, prompt_tokens, cached_tokens,
+        generated_tokens, soft_steps, full_fetches;
     int running, waiting;
     int32_t pages_used, pages_cached, pages_free;
     double plan_seconds, forward_seconds, sample_seconds; /* per phase, summed */

@@ -3,6 +3,7 @@
  *   engine.c   life: new, submit, cancel, tick, counters
  *   decide.c   one row's answer: merge ─► think_step ─► books ─► events
  *   share.c    one thinking, n answers: whose events the others repeat, when they part
+ *   run.c      steps that decide on the device
  *   warm.c     the heaviest step, once before a service is ready
  *
  * All of it runs on the engine thread of rank 0, inside engine_submit, engine_cancel or
@@ -15,6 +16,7 @@
 #include "engine/assembly.h"
 #include "engine/engine.h"
 #include "engine/merge.h"
+#include "engine/run.h"
 #include "engine/sched.h"
 #include "engine/step.h"
 
@@ -27,6 +29,7 @@ struct engine {
     struct step_rank rank;
     struct sched sched;
     struct assembly assembly;
+    struct run run;
     int64_t vocab_begin[MERGE_RANKS_MAX + 1]; /* first id of each rank */
     struct task *tasks;                       /* live requests */
     uint64_t arrivals, step;
@@ -63,6 +66,9 @@ void engine_end(struct engine *e, struct sequence *s, const struct ending *endin
 
 /* decide.c: answers one row from e->gathered. */
 void decide_row(struct engine *e, const struct ask *ask);
+/* What follows from a generated step's decision, wherever it was made: counts, the next input, the
+ * event, the end. The sequence's state is already that after the step. */
+void decide_settle(struct engine *e, struct sequence *s, const struct step_report *report);
 
 /* share.c: after choice 0 of a sharing task was decided (and its event sent). ending: NULL while it
  * goes on. */

@@ -6,11 +6,14 @@
 #include "base/alloc_watch.h"
 #include "base/check.h"
 #include "engine/engine.h"
+#include "engine/run.h"
 #include "engine/step.h"
 
 void engine_follow(model *m, comm *c, const struct engine_options *options) {
     struct step_rank r;
-    if (step_init(&r, m, c, options) != STATUS_OK) comm_abort(c, STATUS_MEMORY, fail_text());
+    struct run run = {0};
+    if (step_init(&r, m, c, options) != STATUS_OK || run_init(&run, &r.limits) != STATUS_OK)
+        comm_abort(c, STATUS_MEMORY, fail_text());
     alloc_watch_begin();
     for (;;) {
         const void *bytes;
@@ -19,11 +22,14 @@ void engine_follow(model *m, comm *c, const struct engine_options *options) {
         uint64_t step;
         int probe;
         struct batch batch;
-        if (plan_view(bytes, n, &r.limits, &kind, &step, &probe, &batch) != STATUS_OK)
+        struct plan_run run_plan;
+        if (plan_view(bytes, n, &r.limits, &kind, &step, &probe, &batch, &run_plan) != STATUS_OK)
             comm_abort(c, STATUS_COMM, fail_text());
         if (kind == PLAN_STOP) break;
         if (kind == PLAN_STEP) step_forward(&r, &batch);
         if (kind == PLAN_FETCH) step_fetch(&r, &batch, probe);
+        if (kind == PLAN_RUN) run_follow(&r, &run, step, &batch, &run_plan);
     }
+    run_fini(&run);
     step_fini(&r);
 }

@@ -11,9 +11,10 @@
 #include <stdint.h>
 
 #include "backend/batch.h"
+#include "backend/run.h"
 #include "base/check.h"
 
-enum plan_kind { PLAN_STEP = 1, PLAN_FETCH = 2, PLAN_STOP = 3 };
+enum plan_kind { PLAN_STEP = 1, PLAN_FETCH = 2, PLAN_STOP = 3, PLAN_RUN = 4 };
 
 /* Upper bounds a plan must respect; fixed at start-up, equal on every rank. */
 struct plan_limits {
@@ -22,15 +23,26 @@ struct plan_limits {
     int32_t page_count;  /* of the pool */
     int64_t vocab_count; /* ids < this */
     int64_t position_max;
+    int run_rows_max, run_steps_max, run_ahead_max; /* 0: no runs */
+};
+
+/* A run (backend/run.h): the batch is its first step, one row, logit row and probe a sequence, which
+ * brings the pages of all its steps. */
+struct plan_run {
+    int32_t steps, ahead;       /* 0, 0: not a run */
+    const struct run_row *rows; /* [segment_count] */
 };
 
 size_t plan_bytes_max(const struct plan_limits *limits);
 /* Writes a batch (its arrays may live anywhere) into out[capacity]; returns the bytes used. */
 size_t plan_encode(enum plan_kind kind, uint64_t step, const struct batch *batch, int fetch_probe,
                    void *out, size_t capacity);
-/* Points `batch` into bytes after checking all of it; STATUS_COMM when it breaks a rule (names
- * which). */
+size_t plan_encode_run(uint64_t step, const struct batch *batch, const struct plan_run *run,
+                       void *out, size_t capacity);
+/* Points `batch` and `run` into bytes after checking all of it; STATUS_COMM when it breaks a rule
+ * (names which). */
 enum status plan_view(const void *bytes, size_t n, const struct plan_limits *limits,
-                      enum plan_kind *kind, uint64_t *step, int *fetch_probe, struct batch *batch);
+                      enum plan_kind *kind, uint64_t *step, int *fetch_probe, struct batch *batch,
+                      struct plan_run *run);
 
 #endif

@@ -90,13 +90,13 @@ void sched_remove(struct sched *s, struct sequence *seq) {
     seq->state = SEQUENCE_DONE;
 }
 
-bool sched_preempt_youngest(struct sched *s) {
-    if (s->running_count == 0) return false;
+struct sequence *sched_preempt_youngest(struct sched *s) {
+    if (s->running_count == 0) return NULL;
     struct sequence *victim = s->running[s->running_count - 1];
     leave_slot(s, victim);
     sched_enqueue(s, victim);
     s->preemptions++;
-    return true;
+    return victim;
 }
 
 static int32_t pages_for(int64_t positions) {
@@ -230,7 +230,8 @@ static struct sched_work choose_chunk(struct sequence *seq, const struct room *r
         end -= logits;
         logits = 0;
     }
-    return (struct sched_work){seq, (int32_t)(end - seq->computed), (int32_t)logits};
+    const int32_t rows = (int32_t)(end - seq->computed);
+    return (struct sched_work){seq, rows, (int32_t)logits, rows};
 }
 
 void sched_plan(struct sched *s) {
@@ -255,13 +256,38 @@ void sched_plan(struct sched *s) {
     }
 }
 
+void sched_advance(struct sched *s, struct sequence *seq, int32_t rows) {
+    seq->computed += rows;
+    for (; seq->pages_kept < seq->computed / KV_PAGE_TOKENS; seq->pages_kept++)
+        if (s->prefix_cache)
+            kv_page_publish(s->pool, seq->pages[seq->pages_kept],
+                            sequence_digest(seq, seq->pages_kept, s->digest_start));
+}
+
 void sched_computed(struct sched *s) {
-    for (int i = 0; i < s->work_count; i++) {
-        struct sequence *seq = s->works[i].sequence;
-        seq->computed += s->works[i].row_count;
-        for (; seq->pages_kept < seq->computed / KV_PAGE_TOKENS; seq->pages_kept++)
-            if (s->prefix_cache)
-                kv_page_publish(s->pool, seq->pages[seq->pages_kept],
-                                sequence_digest(seq, seq->pages_kept, s->digest_start));
+    for (int i = 0; i < s->work_count; i++)
+        sched_advance(s, s->works[i].sequence, s->works[i].row_count);
+}
+
+bool sched_is_steady(const struct sched *s) {
+    if (s->work_count != s->running_count) return false;
+    for (int i = 0; i < s->work_count; i++)
+        if (!is_decode(s->works[i].sequence) || s->works[i].logit_row_count != 1) return false;
+    return true;
+}
+
+void sched_extend(struct sched *s, struct sched_work *work, int32_t rows) {
+    struct sequence *seq = work->sequence;
+    while (seq->page_count < pages_for(seq->computed + rows)) {
+        const int32_t page = kv_page_acquire(s->pool);
+        if (page < 0) break;
+        seq->pages[seq->page_count++] = page;
     }
+    const int64_t held = (int64_t)seq->page_count * KV_PAGE_TOKENS - seq->computed;
+    work->reach = held < rows ? (int32_t)held : rows;
+}
+
+void sched_trim(struct sched *s, struct sequence *seq) {
+    while (seq->page_count > pages_for(seq->computed))
+        kv_page_release(s->pool, seq->pages[--seq->page_count]);
 }

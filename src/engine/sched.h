@@ -26,10 +26,10 @@
 #include "engine/sequence.h"
 
 /* Rows [computed, computed + row_count) of one sequence; the last logit_row_count of them give
- * logits. */
+ * logits. Pages are there for `reach` rows: more than row_count in a run. */
 struct sched_work {
     struct sequence *sequence;
-    int32_t row_count, logit_row_count;
+    int32_t row_count, logit_row_count, reach;
 };
 
 struct sched {
@@ -59,7 +59,16 @@ void sched_remove(struct sched *s, struct sequence *seq);
 void sched_plan(struct sched *s);
 /* The step ran: its rows have keys and values now; full pages become findable. */
 void sched_computed(struct sched *s);
-/* Sends the youngest running sequence back to the queue. False when none runs. */
-bool sched_preempt_youngest(struct sched *s);
+/* The same for so many rows of one sequence. */
+void sched_advance(struct sched *s, struct sequence *seq, int32_t rows);
+/* Sends the youngest running sequence back to the queue; NULL when none runs. */
+struct sequence *sched_preempt_youngest(struct sched *s);
+
+/* Is this plan one decode row for every running sequence? */
+bool sched_is_steady(const struct sched *s);
+/* Takes pages for up to `rows` rows of the work from those nobody needs now; sets reach. */
+void sched_extend(struct sched *s, struct sched_work *work, int32_t rows);
+/* Gives back the pages of rows that were not run. */
+void sched_trim(struct sched *s, struct sequence *seq);
 
 #endif

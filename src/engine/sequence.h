@@ -79,6 +79,7 @@ struct sequence {
     struct sequence *prev, *next; /* waiting queue */
     int64_t cached_tokens;
     int64_t shared_steps, shared_thinking, shared_soft; /* taken over from choice 0 */
+    int64_t ordinary_until; /* its steps before this one are no matter for a run */
 };
 
 enum task_sharing {

@@ -26,6 +26,19 @@ int engine_logit_rows_max(const struct engine_options *options) {
 int engine_probes_max(const struct engine_options *options) {
     return PROBES_PER_ROW * engine_logit_rows_max(options);
 }
+int engine_run_rows_max(const struct engine_options *options) {
+    if (options->run_steps == 0) return 0;
+    return options->max_seqs < RUN_ROWS_MAX ? options->max_seqs : RUN_ROWS_MAX;
+}
+struct batch_limits engine_batch_limits(const struct engine_options *options) {
+    struct plan_limits limits;
+    step_limits(options, 0, &limits);
+    return (struct batch_limits){.segments = limits.segments_max,
+                                 .mix = limits.mix_max,
+                                 .pages = limits.pages_max,
+                                 .edits = limits.edits_max,
+                                 .watch = limits.watch_max};
+}
 
 struct engine_options step_options(const struct engine_options *options) {
     struct engine_options o = *options;
@@ -54,6 +67,9 @@ void step_limits(const struct engine_options *options, int64_t vocab_count,
         .page_count = o.page_count,
         .vocab_count = vocab_count,
         .position_max = o.max_model_len,
+        .run_rows_max = engine_run_rows_max(&o),
+        .run_steps_max = o.run_steps,
+        .run_ahead_max = o.run_steps > 0 ? o.launch_ahead : 0,
     };
 }
 
@@ -103,7 +119,13 @@ void step_send(struct step_rank *r, enum plan_kind kind, uint64_t step, const st
     comm_bcast(r->comm, r->plan, n, NULL);
 }
 
-const void *step_forward(struct step_rank *r, const struct batch *batch) {
+void step_send_run(struct step_rank *r, uint64_t step, const struct batch *batch,
+                   const struct plan_run *run) {
+    comm_bcast(r->comm, r->plan, plan_encode_run(step, batch, run, r->plan, r->plan_capacity),
+               NULL);
+}
+
+void step_faults(void) {
     if (fault_hit("step-kill")) raise(SIGKILL);
     ASSERT(!fault_hit("step-bug"));
     if (fault_hit("step-alloc")) {
@@ -112,6 +134,10 @@ const void *step_forward(struct step_rank *r, const struct batch *batch) {
     }
     const int delay_ms = fault_delay_ms();
     if (delay_ms > 0) usleep((useconds_t)delay_ms * 1000);
+}
+
+const void *step_forward(struct step_rank *r, const struct batch *batch) {
+    step_faults();
     model_step(r->model, batch, r->records);
     if (batch->probe_count == 0) return NULL; /* chunks only: every rank sees that nobody asks */
     return comm_gather(r->comm, r->records, step_records_bytes(batch));

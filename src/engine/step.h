@@ -45,6 +45,10 @@ void step_fini(struct step_rank *r);
 /* Rank 0: tells the others. */
 void step_send(struct step_rank *r, enum plan_kind kind, uint64_t step, const struct batch *batch,
                int probe);
+void step_send_run(struct step_rank *r, uint64_t step, const struct batch *batch,
+                   const struct plan_run *run);
+/* The fault points of a step. */
+void step_faults(void);
 /* Collective: the forward pass and the gather. Rank 0 gets [R][probes] records until the next
  * gather. */
 const void *step_forward(struct step_rank *r, const struct batch *batch);

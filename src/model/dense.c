@@ -36,18 +36,15 @@ static void reduce_norm(model *m, int rows, bool first, const float *weight) {
     comm_all_reduce_norm(m->c, m->be, &norm, m->sum);
 }
 
-void model_step(model *m, const struct batch *batch, void *records) {
-    const double start = seconds_now();
+void model_forward(model *m, const struct batch *batch) {
     backend *be = m->be;
     const struct backend_ops *ops = be->ops;
     const enum backend_dtype dtype = backend_activation(m->options.weight_dtype);
     const int T = batch->row_count, D = m->config.hidden, slabs = m->shard.slab_count;
     const int logit_rows = batch->logit_row_count;
-    const float eps = m->config.norm_eps;
     ASSERT_LE(T, m->options.rows_max);
     ASSERT_LE(logit_rows, m->options.logit_rows_max);
 
-    if (ops->begin) ops->begin(be, batch);
     ops->embed_mix(be, batch, m->embed, slabs, m->shard.vocab_begin, comm_slot(m->c));
     reduce_norm(m, T, true, m->layers[0].attention_norm);
 
@@ -69,12 +66,20 @@ void model_step(model *m, const struct batch *batch, void *records) {
     }
 
     if (logit_rows > 0) {
-        ops->add_norm_rows(be, batch->logit_rows, logit_rows, D, m->sum, m->x, m->final_norm, eps,
-                           dtype, m->h_last);
+        ops->add_norm_rows(be, batch->logit_rows, logit_rows, D, m->sum, m->x, m->final_norm,
+                           m->config.norm_eps, dtype, m->h_last);
         ops->logits(be, logit_rows, m->lm_head, m->h_last, m->logits);
-        ops->candidates(be, batch, m->logits, slabs, m->shard.vocab_begin, m->options.vocab_count,
-                        records);
     }
+}
+
+void model_step(model *m, const struct batch *batch, void *records) {
+    const double start = seconds_now();
+    const struct backend_ops *ops = m->be->ops;
+    if (ops->begin) ops->begin(m->be, batch);
+    model_forward(m, batch);
+    if (batch->logit_row_count > 0)
+        ops->candidates(m->be, batch, m->logits, m->shard.slab_count, m->shard.vocab_begin,
+                        m->options.vocab_count, records);
     m->forward_seconds += seconds_now() - start;
 }
 

@@ -11,6 +11,7 @@
 
 #include "backend/backend.h"
 #include "backend/batch.h"
+#include "backend/run.h"
 #include "base/check.h"
 #include "comm/comm.h"
 #include "load/shard.h"
@@ -56,6 +57,20 @@ void model_step(model *m, const struct batch *batch, void *records);
 /* The slow path: this rank's z' of the last step's probe, [vocab count of the rank] fp32 to `out`.
  */
 void model_fetch(model *m, const struct batch *batch, int probe, float *out);
+
+/* Runs (backend/run.h), where the backend has them: rows one may have, 0: none. */
+int model_run_rows(const model *m);
+/* Uploads the rows: `first` is what the first step works on. */
+void model_run_begin(model *m, const struct batch *first, const struct run_row *rows);
+/* Collective: queues one step, forward pass to next inputs; the host does not wait where sums of device
+ * memory do not pass it. */
+void model_run_step(model *m);
+/* What row `row` answered in step `step` since begin, once it has; until RUN_AHEAD_MAX further ones
+ * were queued. Waits, with the backend's watch. */
+const struct run_answer *model_run_answer(model *m, int step, int row);
+/* Rank 0: the row shall rest. Takes effect, on all ranks alike, in a step that has not started yet.
+ */
+void model_run_stop(model *m, int row);
 
 const struct model_config *model_get_config(const model *m);
 const shard_map *model_get_shard(const model *m);

@@ -39,6 +39,9 @@ struct model {
     double forward_seconds;
 };
 
+/* From the batch's inputs to m->logits of its logit rows; the backend has the batch already. */
+void model_forward(model *m, const struct batch *batch);
+
 /* Local sizes. */
 static inline int64_t model_vocab_local(const shard_map *s) { return shard_vocab_count(s); }
 static inline int64_t model_ffn_local(const shard_map *s) { return shard_ffn_count(s); }

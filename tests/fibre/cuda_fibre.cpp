@@ -9,10 +9,11 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <time.h>
-#include <ucontext.h>
 
 #include <memory>
 #include <vector>
+
+#include "fibre/switch.h"
 
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/common_interface_defs.h>
@@ -26,6 +27,9 @@
 
 __thread fibre_place fibre_here;
 __thread unsigned char *fibre_shared;
+extern "C" {
+int (*fibre_record)(void *stream, void (*run)(void *), void (*drop)(void *), void *context);
+}
 
 namespace {
 
@@ -43,7 +47,7 @@ struct warp {
 };
 
 struct fibre {
-    ucontext_t context;
+    switch_context context;
     std::unique_ptr<unsigned char[]> stack{new unsigned char[STACK_BYTES]};
     fibre_place place;
     bool done = false, waited = false; /* waited: for the kernel before */
@@ -59,7 +63,7 @@ struct fibre {
 thread_local std::vector<std::unique_ptr<fibre>> fibres;
 thread_local std::vector<warp> warps;
 thread_local barrier block_barrier;
-thread_local ucontext_t scheduler;
+thread_local switch_context scheduler;
 thread_local fibre *now;
 thread_local int alive;
 thread_local bool moved; /* somebody got past a barrier, polled or returned, in this round */
@@ -92,11 +96,8 @@ void to_scheduler(bool last) {
                                    scheduler_stack_bytes);
 #endif
     fibre *const me = now;
-    if (last) {
-        setcontext(&scheduler);
-        abort();
-    }
-    swapcontext(&me->context, &scheduler);
+    switch_to(&me->context, &scheduler);
+    if (last) abort();
 #ifdef FIBRE_SANITIZED
     __sanitizer_finish_switch_fiber(me->fake_stack, &scheduler_stack, &scheduler_stack_bytes);
 #endif
@@ -112,7 +113,7 @@ void to_fibre(fibre *f) {
     scheduler_thread = __tsan_get_current_fiber();
     __tsan_switch_to_fiber(f->thread, 0);
 #endif
-    swapcontext(&scheduler, &f->context);
+    switch_to(&scheduler, &f->context);
 #ifdef FIBRE_SANITIZED
     __sanitizer_finish_switch_fiber(scheduler_fake_stack, nullptr, nullptr);
 #endif
@@ -155,11 +156,7 @@ void fibre_prepare(fibre *f, int i, dim3 block) {
     f->place = fibre_here;
     f->place.thread = dim3((unsigned)i % block.x, (unsigned)i / block.x % block.y,
                            (unsigned)i / block.x / block.y);
-    getcontext(&f->context);
-    f->context.uc_stack.ss_sp = f->stack.get();
-    f->context.uc_stack.ss_size = STACK_BYTES;
-    f->context.uc_link = nullptr;
-    makecontext(&f->context, fibre_main, 0);
+    switch_make(&f->context, f->stack.get(), STACK_BYTES, fibre_main);
 }
 
 void run_block(dim3 block, int threads) {

@@ -27,6 +27,7 @@
 #include <string.h>
 
 #include <algorithm>
+#include <tuple>
 
 struct dim3 {
     unsigned x, y, z;
@@ -70,10 +71,43 @@ extern __thread unsigned char *fibre_shared; /* dynamic shared memory of the blo
 
 typedef void fibre_body(void *context);
 void fibre_run(dim3 grid, dim3 block, size_t shared_bytes, fibre_body *body, void *context);
-template <typename Body>
-void fibre_launch(dim3 grid, dim3 block, size_t shared_bytes, Body body) {
-    fibre_run(
-        grid, block, shared_bytes, [](void *context) { (*static_cast<Body *>(context))(); }, &body);
+/* Set while a stream is captured (tests/stub/cuda_stub.c): takes the launch instead, to run it any number
+ * of times before it drops it. */
+extern "C" int (*fibre_record)(void *stream, void (*run)(void *), void (*drop)(void *),
+                               void *context);
+
+/* A launch with its arguments, which are copied when it is made. */
+template <typename... Wanted>
+struct fibre_call {
+    dim3 grid, block;
+    size_t shared_bytes;
+    void (*kernel)(Wanted...);
+    std::tuple<Wanted...> arguments;
+    static void run(void *context) {
+        fibre_call *c = static_cast<fibre_call *>(context);
+        fibre_run(
+            c->grid, c->block, c->shared_bytes,
+            [](void *me) {
+                fibre_call *call = static_cast<fibre_call *>(me);
+                std::apply(call->kernel, call->arguments);
+            },
+            c);
+    }
+    static void drop(void *context) { delete static_cast<fibre_call *>(context); }
+};
+template <typename... Wanted, typename... Given>
+void fibre_launch(dim3 grid, dim3 block, size_t shared_bytes, void *stream,
+                  void (*kernel)(Wanted...), Given... given) {
+    typedef fibre_call<Wanted...> call;
+    if (!fibre_record) {
+        call now = {grid, block, shared_bytes, kernel, std::tuple<Wanted...>(given...)};
+        call::run(&now);
+        return;
+    }
+    call *later = new call{grid, block, shared_bytes, kernel, std::tuple<Wanted...>(given...)};
+    if (fibre_record(stream, call::run, call::drop, later)) return;
+    call::run(later);
+    call::drop(later);
 }
 
 void __syncthreads();

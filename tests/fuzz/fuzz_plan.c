@@ -45,11 +45,13 @@ int LLVMFuzzerTestOneInput(const uint8_t *bytes, size_t n) {
     uint64_t step;
     int probe;
     struct batch batch;
-    if (plan_view(plan, size, &sample_limits, &kind, &step, &probe, &batch) == STATUS_OK) {
+    struct plan_run run;
+    if (plan_view(plan, size, &sample_limits, &kind, &step, &probe, &batch, &run) == STATUS_OK) {
         read_all(&batch);
         const size_t m = plan_encode(kind, step, &batch, probe, again, sizeof again);
         ASSERT_EQ(m, size);
-        ASSERT(plan_view(again, m, &sample_limits, &kind, &step, &probe, &batch) == STATUS_OK);
+        ASSERT(plan_view(again, m, &sample_limits, &kind, &step, &probe, &batch, &run) ==
+               STATUS_OK);
     }
     free(plan);
     return 0;

@@ -179,8 +179,8 @@ static ncclResult_t end(ncclComm_t c) {
     return ncclInProgress;
 }
 
-ncclResult_t ncclAllReduce(const void *from, void *to, size_t count, ncclDataType_t type,
-                           ncclRedOp_t op, ncclComm_t c, void *stream) {
+static ncclResult_t all_reduce(const void *from, void *to, size_t count, ncclDataType_t type,
+                               ncclRedOp_t op, ncclComm_t c, void *stream) {
     expect(type == ncclFloat32 && op == ncclSum && stream, "arguments of an all-reduce");
     expect(!has_windows(c) || (from == to && in_window(c, from)),
            "a sum outside the window that was made for it");
@@ -198,8 +198,8 @@ ncclResult_t ncclAllReduce(const void *from, void *to, size_t count, ncclDataTyp
     return end(c);
 }
 
-ncclResult_t ncclAllGather(const void *from, void *to, size_t count, ncclDataType_t type,
-                           ncclComm_t c, void *stream) {
+static ncclResult_t all_gather(const void *from, void *to, size_t count, ncclDataType_t type,
+                               ncclComm_t c, void *stream) {
     const size_t bytes = count * (type == ncclInt8 ? 1 : sizeof(float));
     expect((type == ncclInt8 || type == ncclFloat32) && stream, "arguments of an all-gather");
     expect(type == ncclInt8 || !has_windows(c) || (in_window(c, from) && in_window(c, to)),
@@ -211,6 +211,45 @@ ncclResult_t ncclAllGather(const void *from, void *to, size_t count, ncclDataTyp
                bytes);
     }
     return end(c);
+}
+
+/* A collective while its stream is captured: cuda_stub.c does it when the graph is launched. */
+struct later {
+    const void *from;
+    void *to;
+    size_t count;
+    ncclDataType_t type;
+    int gather;
+    ncclComm_t comm;
+    void *stream;
+};
+static void do_later(void *context) {
+    const struct later *l = context;
+    const ncclResult_t result =
+        l->gather ? all_gather(l->from, l->to, l->count, l->type, l->comm, l->stream)
+                  : all_reduce(l->from, l->to, l->count, l->type, ncclSum, l->comm, l->stream);
+    expect(result == ncclSuccess, "the first collective inside a graph");
+}
+__attribute__((weak)) int cuda_stub_record(void *stream, void (*run)(void *), void (*drop)(void *),
+                                           void *context);
+static int is_captured(struct later l) {
+    struct later *kept = malloc(sizeof *kept);
+    *kept = l;
+    if (cuda_stub_record && cuda_stub_record(l.stream, do_later, free, kept)) return 1;
+    free(kept);
+    return 0;
+}
+
+ncclResult_t ncclAllReduce(const void *from, void *to, size_t count, ncclDataType_t type,
+                           ncclRedOp_t op, ncclComm_t c, void *stream) {
+    if (is_captured((struct later){from, to, count, type, 0, c, stream})) return ncclSuccess;
+    return all_reduce(from, to, count, type, op, c, stream);
+}
+
+ncclResult_t ncclAllGather(const void *from, void *to, size_t count, ncclDataType_t type,
+                           ncclComm_t c, void *stream) {
+    if (is_captured((struct later){from, to, count, type, 1, c, stream})) return ncclSuccess;
+    return all_gather(from, to, count, type, c, stream);
 }
 
 ncclResult_t ncclCommFinalize(ncclComm_t c) {
