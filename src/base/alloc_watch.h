@@ -5,7 +5,8 @@
  * pass everything on and add to a counter when the calling thread is an engine thread and counting
  * is on. Owns: one flag per thread, one counter per process. Thread: any. Memory: none.
  * Compiled out under AddressSanitizer and ThreadSanitizer, which bring their own, and where the C
- * library is not glibc: then alloc_watch_end gives -1.
+ * library is not glibc: then alloc_watch_end gives -1. valgrind needs
+ * --soname-synonyms=somalloc=NONE to see the heap through it.
  */
 #ifndef SFUMATO_BASE_ALLOC_WATCH_H
 #define SFUMATO_BASE_ALLOC_WATCH_H
