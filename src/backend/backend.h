@@ -221,8 +221,8 @@ struct backend {
     int run_rows;     /* rows a run may have; 0: none */
     size_t weight_bytes, kv_bytes, scratch_bytes; /* taken so far */
     /* A GPU only. stream: what all verbs run on (cudaStream_t). watch: called again and again while
-     * the host waits for the device, so that whoever has work on the stream can see that it will
-     * never end; it may end the job. */
+     * the host waits for the device, and once when the wait is over, so that whoever has work on the
+     * stream can see that it will never end, or has given up; it may end the job. */
     void *stream;
     void (*watch)(void *user, double waited_seconds);
     void *watch_user;

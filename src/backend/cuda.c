@@ -31,12 +31,14 @@ void cuda_wait(struct cuda *cuda) {
     const double start = cuda_seconds();
     for (unsigned polls = 0;; polls++) {
         const cudaError_t state = cudaStreamQuery(cuda->stream);
-        if (state == cudaSuccess) return;
+        if (state == cudaSuccess) break;
         if (state != cudaErrorNotReady) cuda_must((int)state, "a kernel of this step");
         if (polls < SPIN_POLLS) continue;
         if (cuda->base.watch) cuda->base.watch(cuda->base.watch_user, cuda_seconds() - start);
         sched_yield();
     }
+    /* what waited in vain may have left by itself: then nothing here is to be used */
+    if (cuda->base.watch) cuda->base.watch(cuda->base.watch_user, cuda_seconds() - start);
 }
 
 /* ---- memory ---- */

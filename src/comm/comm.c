@@ -69,7 +69,14 @@ const char *comm_path_name(const comm *c) {
     return !c->path ? "none" : c->sums ? c->sums_path_name : c->path->name;
 }
 
+/* Nothing a failed device has computed may reach the other ranks, and no rank may wait where
+ * there is no deadline for one that waits for it on the device. */
+static void check_sums(comm *c) {
+    if (c->sums && c->sums->check) c->sums->check(c);
+}
+
 enum status comm_agree(comm *c, enum status mine) {
+    check_sums(c);
     int32_t own = mine, all[COMM_RANKS_MAX];
     c->job->all_gather(c, &own, sizeof own, all);
     int failing = 0;
@@ -131,6 +138,7 @@ enum status comm_agree_equal(comm *c, const char *what, const void *bytes, size_
 }
 
 int comm_agree_min(comm *c, int value) {
+    check_sums(c);
     int32_t own = value, all[COMM_RANKS_MAX];
     c->job->all_gather(c, &own, sizeof own, all);
     for (int r = 0; r < c->size; r++) own = all[r] < own ? all[r] : own;
@@ -277,11 +285,6 @@ bool comm_way_fits(const comm *c, int way, size_t count) {
     return c->sums->way_fits(c, way, count);
 }
 void comm_use_way(comm *c, int way) { c->sums->use_way(c, way); }
-
-/* Nothing a failed device has computed may reach the other ranks. */
-static void check_sums(comm *c) {
-    if (c->sums && c->sums->check) c->sums->check(c);
-}
 
 size_t comm_bcast(comm *c, const void *mine, size_t n, const void **bytes) {
     check_sums(c);

@@ -313,18 +313,15 @@ enum status comm_fused_setup(comm *c) {
     enum status status = connect(c, f);
     if (status == STATUS_OK) {
         c->sums_state = f;
-        c->sums = &fused_sums;
         status = try_sums(c);
+        c->sums = status == STATUS_OK ? &fused_sums : NULL;
         if (status != STATUS_OK) {
             const struct fault why = *fail_last();
             status =
                 fail(status, "--comm fused: its self-test failed: %s: use --comm nccl", why.text);
         }
     }
-    if (status != STATUS_OK) {
-        c->sums = NULL;
-        release(c, f);
-    }
+    if (status != STATUS_OK) release(c, f);
     return status;
 }
 

@@ -134,6 +134,74 @@ def test_nccl_sums(more):
     assert got == 0 and " 0 failed" in out and "communication nccl, window" in out, (messages, out)
 
 
+# --- which way sums go ---
+
+SMALL = ("selftest", "comm", "--backend", "cuda", "--comm")
+
+
+@needs_emulation
+@pytest.mark.parametrize("how, words", [
+    ("fused", "needs the CUDA backend"),
+    ("nccl", "needs the CUDA backend"),
+])
+def test_device_paths_need_the_cuda_backend(how, words):
+    status, messages, _ = emulated("selftest", "comm", "--comm", how, "--quiet")
+    assert status == 2 and words in messages[-1] and how in messages[-1], messages
+
+
+@needs_emulation
+def test_fused_refuses_gpus_that_do_not_reach_one_another():
+    status, messages, _ = emulated(*SMALL, "fused", "--quiet", ranks=2, env={"CUDA_STUB": "no-peer"})
+    assert status == 2, (status, messages)
+    assert sum("cannot reach the memory" in line and "--comm nccl" in line for line in messages) == 1, messages
+
+
+@needs_emulation
+def test_nccl_refuses_two_ranks_on_a_gpu():
+    env = {"CUDA_STUB": "one"}
+    status, messages, _ = emulated(*SMALL, "nccl", "--quiet", ranks=2, env=env)
+    assert status == 2, (status, messages)
+    said = [line for line in messages if "ranks 0 and 1 share a GPU" in line]
+    assert len(said) == 1 and "--comm mpi" in said[0], messages
+    # a library that can, and a user who says so; "2.28" does not
+    env |= {"NCCL_MULTI_RANK_GPU_ENABLE": "1"}
+    assert emulated(*SMALL, "nccl", "--quiet", ranks=2, env=env)[0] == 2
+    got, messages, out = emulated(*SMALL, "nccl", "--quiet", ranks=2, env=env | {"NCCL_STUB": "version-23004"})
+    assert got == 0 and "communication nccl" in out, (messages, out)
+
+
+@needs_emulation
+def test_nccl_without_windows():
+    """One rank cannot register its memory: no rank uses a window."""
+    got, messages, out = emulated(*SMALL, "nccl", ranks=2, env={"NCCL_STUB": "no-window:1"})
+    assert got == 0 and " 0 failed" in out, (messages, out)
+    assert any("NCCL 2.28.9, without symmetric windows" in line for line in messages), messages
+
+
+@needs_emulation
+@pytest.mark.parametrize("env, path, why", [
+    ({}, "fused", "self-test passed"),
+    ({"CUDA_STUB": "no-peer"}, "nccl", "not fused: "),
+    ({"CUDA_STUB": "one"}, "staged", "not NCCL: "),
+    ({"CUDA_STUB": "no-peer", "NCCL_STUB": "init:1"}, "staged", "NCCL cannot connect"),
+])
+def test_auto_takes_the_best_that_works(env, path, why):
+    got, messages, out = emulated(*SMALL, "auto", ranks=2, env=env)
+    assert got == 0 and " 0 failed" in out, (messages, out)
+    assert f"communication {path}, window" in out, out
+    assert any(why in line for line in messages), messages
+
+
+@needs_emulation
+def test_a_late_rank_ends_a_fused_job():
+    """Rank 0's kernel leaves by its patience, and the message names operation and rank."""
+    got, messages, _ = emulated(*SMALL, "fused", "--quiet", "--collective-timeout", "5", ranks=2,
+                                env={"CUDA_STUB": "late:1"})
+    said = [line for line in messages if "which has not arrived" in line]
+    assert got == 6 and len(said) == 1, (got, messages)
+    assert "rank 0 waited 5.0 s in fused all-" in said[0] and "for rank 1" in said[0], said
+
+
 def test_selftest_of_the_cpu():
     result = launch("selftest", "comm", "--quiet", "--json", ranks=3, model=None)
     assert result.status == 0, result.err

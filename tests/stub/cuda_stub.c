@@ -12,7 +12,8 @@
  * handle (process, file), as on a GPU: what it writes is there at once. Handles of smaller pieces are
  * refused: on a GPU they would open what lies beside them too.
  *
- * CUDA_STUB=none: no device. one: one for all ranks. no-peer: devices do not reach one another. CUDA_STUB=fault:N: the stream fails at its N-th query, as after a kernel
+ * CUDA_STUB=none: no device. one: one for all ranks. no-peer: devices do not reach one another.
+ * late:RANK: that rank sleeps for a minute at a query. CUDA_STUB=fault:N: the stream fails at its N-th query, as after a kernel
  * that wrote outside its memory.
  */
 #include <fcntl.h>
@@ -25,7 +26,14 @@
 
 #include "cuda_runtime_api.h"
 
-enum { PIECES_MAX = 4096, DEVICE_MB = 4096, DEVICES = 8, PAGE_BYTES = 2 << 20 };
+enum {
+    PIECES_MAX = 4096,
+    DEVICE_MB = 4096,
+    DEVICES = 8,
+    PAGE_BYTES = 2 << 20,
+    LATE_QUERIES = 36,
+    LATE_SECONDS = 60
+};
 static struct piece {
     char *begin;
     size_t bytes;
@@ -316,10 +324,13 @@ cudaError_t cudaStreamDestroy(cudaStream_t stream) {
 }
 cudaError_t cudaStreamQuery(cudaStream_t stream) {
     static int queries;
-    const char *s = scenario();
+    const char *s = scenario(), *rank = getenv("OMPI_COMM_WORLD_RANK");
     expect(stream != NULL, "a query of the default stream");
     not_in_capture("cudaStreamQuery");
     if (strncmp(s, "fault:", 6) == 0 && ++queries >= atoi(s + 6)) return (cudaError_t)700;
+    int late;
+    if (sscanf(s, "late:%d", &late) == 1 && rank && atoi(rank) == late && ++queries == LATE_QUERIES)
+        sleep(LATE_SECONDS);
     return cudaSuccess;
 }
 cudaError_t cudaStreamSynchronize(cudaStream_t stream) {

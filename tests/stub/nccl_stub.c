@@ -9,7 +9,8 @@
  * without finalize) ends the process by abort().
  *
  * NCCL_STUB, "WHAT:RANK": no-id | init | hang-init (never ready) | call:RANK (a collective is refused) |
- * no-window:RANK (memory is not registered there) | async:RANK (the second collective fails later, on that rank) | hang (no answer to the second one)
+ * async:RANK (the second collective fails later, on that rank) | hang (no answer to the second one) |
+ * no-window:RANK (memory is not registered there) | version-NUMBER (of that NCCL; 22809)
  */
 #include <fcntl.h>
 #include <stdatomic.h>
@@ -51,7 +52,8 @@ static void expect(int holds, const char *what) {
 }
 
 ncclResult_t ncclGetVersion(int *version) {
-    *version = 22809;
+    const char *text = getenv("NCCL_STUB");
+    *version = text && strncmp(text, "version-", 8) == 0 ? atoi(text + 8) : 22809;
     return ncclSuccess;
 }
 
