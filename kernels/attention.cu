@@ -29,7 +29,7 @@
  * Rows of Q and of the ring are an odd number of 16 bytes apart: ldmatrix meets no bank twice. hd is
  * filled up with zeros to 64 DT. Decode (NT = 1): 128 threads; hd 128 in bf16 takes 76 KB, so an SM
  * of sm_90 or sm_80 has 2 blocks and 96 KB in flight (26 KB would cover the latency of HBM); in fp8
- * 43 KB, and 3 blocks because of 168 registers, 72 KB in flight. Prefill (NT = 4, 64 columns): 256
+ * 43 KB, 3 blocks for want of registers, 72 KB in flight. Prefill (NT = 4, 64 columns): 256
  * threads, one block an SM, bound by the tensor cores.
  */
 #include "kernels/attention_work.cuh"
@@ -91,8 +91,8 @@ struct attention_shape {
     static_assert(3 * MERGE_SPLITS * COLUMNS * 4 <= 4 * PLANE_BYTES, "the join borrows P");
 };
 
-/* Two e4m3 values in bytes 0 and 1 of each half of `bytes`' even (odd) bytes; see fp8.h. Values are
- * exact in bf16. NaN becomes 480: a NaN that was cached is in the query as well. */
+/* fp8_to_float of base/fp8.h but for NaN, which becomes 480: a NaN that was cached came with one in
+ * the query. Low bytes count; e4m3 is exact in bf16. */
 static __device__ __forceinline__ float fp8_wide(uint32_t byte) {
     const uint32_t bits = (byte & 0x7fu) << 20;
     float magnitude;
