@@ -52,6 +52,16 @@ void file_map_close(struct file_map *map) {
     *map = (struct file_map){0};
 }
 
+void file_map_want(const struct file_map *map, const uint8_t *from, size_t n) {
+    ASSERT(from >= map->bytes && n <= map->n && (size_t)(from - map->bytes) <= map->n - n);
+    const uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE);
+    const uintptr_t begin = (uintptr_t)from / page * page, end = (uintptr_t)from + n;
+#ifdef MADV_POPULATE_READ
+    if (end > begin && madvise((void *)begin, end - begin, MADV_POPULATE_READ) == 0) return;
+#endif
+    if (end > begin) madvise((void *)begin, end - begin, MADV_WILLNEED); /* an old kernel */
+}
+
 void file_map_forget(const struct file_map *map, const uint8_t *from, size_t n) {
     ASSERT(from >= map->bytes && n <= map->n && (size_t)(from - map->bytes) <= map->n - n);
     const uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE);

@@ -20,6 +20,9 @@ struct file_map {
 /* STATUS_MODEL when it cannot be read or is empty. */
 enum status file_map_open(const char *path, struct file_map *out);
 void file_map_close(struct file_map *map);
+/* Bytes [from, from + n) of the map will be read at once: they are brought in and mapped in one go,
+ * not a page fault at a time. */
+void file_map_want(const struct file_map *map, const uint8_t *from, size_t n);
 /* Bytes [from, from + n) of the map have been read and packed: they leave this process's resident memory
  * (they are fetched again if read again), so that loading never holds the weights twice. */
 void file_map_forget(const struct file_map *map, const uint8_t *from, size_t n);

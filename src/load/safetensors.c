@@ -289,11 +289,13 @@ static enum status safetensors_read(source *src, const char *name, int64_t row_b
     }
     ASSERT(row_begin >= 0 && row_count >= 0 && row_begin + row_count <= e->rows);
     ASSERT(col_begin >= 0 && col_count >= 0 && col_begin + col_count <= e->cols);
+    size_t n;
+    const uint8_t *rows = tensor_rows(e, row_begin, row_count, &n);
+    /* of a slab of columns only a part of these bytes is wanted */
+    if (col_count == e->cols) file_map_want(&s->maps[e->file], rows, n);
     for (int64_t r = 0; r < row_count; r++) {
         tensor_read_row(e, row_begin + r, col_begin, col_count, dst + r * col_count);
     }
-    size_t n;
-    const uint8_t *rows = tensor_rows(e, row_begin, row_count, &n);
     file_map_forget(&s->maps[e->file], rows, n);
     return STATUS_OK;
 }
