@@ -182,7 +182,9 @@ void host_plan_model(struct host *h) {
         .vocab_count = h->facts.vocab_count > 0 ? h->facts.vocab_count : c->vocab_rows,
     };
     h->model_options = (struct model_options){
-        .weight_dtype = f32 ? BACKEND_F32 : fp8 ? BACKEND_FP8 : BACKEND_BF16,
+        .weight_dtype = f32   ? BACKEND_F32
+                        : fp8 ? BACKEND_FP8
+                              : BACKEND_BF16,
         .kv_dtype = p->kv_dtype == 0 && f32 ? BACKEND_F32 : kv_dtypes[p->kv_dtype],
         .slabs = p->slabs > 0 ? (int)p->slabs : shard_default_slabs(h->shard_ranks),
         .slice_ranks = h->shard_ranks,

@@ -154,7 +154,8 @@ static void report_start(struct serving *s) {
              h->engine_options.page_count);
     metrics_set_info(s->metrics, METRIC_cache_config, labels);
     snprintf(labels, sizeof labels, "version=\"%s\",backend=\"cpu-%s\",tp=\"%d\",dtype=\"%s\",",
-             SFUMATO_VERSION, backend_isa_name(h->backend->isa), h->ranks, backend_dtype_name(h->model_options.weight_dtype));
+             SFUMATO_VERSION, backend_isa_name(h->backend->isa), h->ranks,
+             backend_dtype_name(h->model_options.weight_dtype));
     metrics_set_info(s->metrics, METRIC_build, labels);
     metric_set(s->metrics, METRIC_ranks, 0, h->ranks);
     metric_set(s->metrics, METRIC_load_time, 0, h->load_seconds);

@@ -257,11 +257,13 @@ enum status weights_read(source *src, backend *be, const struct weights_runs *li
     r->upload = be->ops->upload != NULL;
     /* a thread's share of a slot holds a unit of any run, and its scratch the same in fp32 */
     size_t slot_bytes = r->upload ? UPLOAD_BYTES : SLOT_BYTES / (size_t)be->host_threads;
+    size_t least = 1;
     for (size_t i = 0; i < list->count; i++) {
         const struct matrix_spec *spec = list->runs[i].spec;
         const int64_t unit = unit_rows(r, spec), floats = unit * spec->cols;
         const size_t bytes = rows_bytes(r, spec, unit) + scales_bytes(r, spec, unit);
         if (bytes > slot_bytes) slot_bytes = bytes;
+        if (bytes > least) least = bytes;
         if (floats > r->scratch_floats) r->scratch_floats = floats;
     }
     if (r->scratch_floats < PIECE_FLOATS) r->scratch_floats = PIECE_FLOATS;
@@ -271,6 +273,10 @@ enum status weights_read(source *src, backend *be, const struct weights_runs *li
     } else {
         slot_bytes *= (size_t)be->host_threads;
         slot[0] = malloc(slot_bytes);
+        while (!slot[0] && slot_bytes / 2 >= least * (size_t)be->host_threads) {
+            slot_bytes /= 2; /* slower, but what was found to fit must not fail for its way here */
+            slot[0] = malloc(slot_bytes);
+        }
     }
     if (r->upload ? !r->scratch : !slot[0])
         TRY_GOTO(fail(STATUS_MEMORY, "no memory to read weights through"), out);
