@@ -4,32 +4,32 @@
  * of one sequence that read one kv head, and of the keys one split of 256 tokens after another.
  * mma.sync m16n8k16 with tokens, then dims, as its 16 rows and the columns as its 8 columns:
  *
- *   scores  S [tokens][columns] = K [tokens][hd] Q^T          4 warps: 16 tokens of each page each
- *   split   m = max S, p = 2^(S - m), l = sum p               from scratch, masked p = 0
- *   output  O [hd][columns] = V^T [hd][tokens] P [tokens][columns]       4 warps: 16 DT dims each
+ *   scores  S [tokens][columns] = K [tokens][hd] Q^T         4 warps: 16 tokens of each page each
+ *   split   m = max S, p = 2^(S - m), l = sum p              from scratch, masked p = 0
+ *   output  O [hd][columns] = V^T [hd][tokens] P [tokens][columns]      4 warps: 16 DT dims each
  *   row     (m, l, O) of the splits joined in ascending order, whoever made them; then O / l
  *
- * A column's bits do not depend on its neighbours (each is a chain of k16 steps of its own: over hd,
- * over the 256 tokens), nor on who took which split: so neither on batch, chunk, bucket or grid. What
- * a deeper row of the group adds to a shallower one are products 0 x V, which change no bit as long
- * as V is finite. A unit cut by the border of two blocks leaves its triples in the workspace and the
- * block that arrives last joins them.
+ * A column's bits do not depend on its neighbours (each is a chain of k16 steps of its own: over
+ * hd, over the 256 tokens), nor on who took which split: so neither on batch, chunk, bucket or
+ * grid. What a deeper row of the group adds to a shallower one are products 0 x V, which change no
+ * bit as long as V is finite. A unit cut by the border of two blocks leaves its triples in the
+ * workspace and the block that arrives last joins them.
  *
- * Precision: q is rounded to bf16 as on the CPU, so scores are exact products summed in fp32. p goes
- * into the product as two bf16 (p = high + low to 2^-17), two mma for one: with a single one the
- * error is that of rounding o to bf16 once more (NMSE 2e-6, above the bound of 1e-6); with two it is
- * below 1e-9. Exponentials are ex2.approx in the base 2 domain.
+ * Precision: q is rounded to bf16 as on the CPU, so scores are exact products summed in fp32. p
+ * goes into the product as two bf16 (p = high + low to 2^-17), two mma for one: with a single one
+ * the error is that of rounding o to bf16 once more (NMSE 2e-6, above the bound of 1e-6); with two
+ * the emulation is within 2e-8 of a double rounded to bf16. Exponentials are ex2.approx in the base 2 domain.
  *
- * Pages come by cp.async through a ring of STAGES x 64 rows of K or V, in the order K K K K V V V V,
- * across splits and units: while one stage is used the next ones are on their way. fp8 travels and
- * lies in shared memory as bytes and becomes bf16 (exactly) in the registers of the operand.
+ * Pages come by cp.async through a ring of STAGES x 64 rows of K or V, in the order K K K K V V V
+ * V, across splits and units: while one stage is used the next ones are on their way. fp8 travels
+ * and lies in shared memory as bytes and becomes bf16 (exactly) in the registers of the operand.
  *
  *   shared  stats | Q [COLUMNS][hd] | P [2][high, low][columns / 8][64][8] | ring [STAGES][64][hd]
  *
- * Rows of Q and of the ring are an odd number of 16 bytes apart: ldmatrix meets no bank twice. hd is
- * filled up with zeros to 64 DT. Decode (NT = 1): 128 threads; hd 128 in bf16 takes 76 KB, so an SM
- * of sm_90 or sm_80 has 2 blocks and 96 KB in flight (26 KB would cover the latency of HBM); in fp8
- * 43 KB, 3 blocks for want of registers, 72 KB in flight. Prefill (NT = 4, 64 columns): 256
+ * Rows of Q and of the ring are an odd number of 16 bytes apart: ldmatrix meets no bank twice. hd
+ * is filled up with zeros to 64 DT. Decode (NT = 1): 128 threads; hd 128 in bf16 takes 76 KB, so an
+ * SM of sm_90 or sm_80 has 2 blocks and 96 KB in flight (26 KB would cover the latency of HBM); in
+ * fp8 43 KB, 3 blocks for want of registers, 72 KB in flight. Prefill (NT = 4, 64 columns): 256
  * threads, one block an SM, bound by the tensor cores.
  */
 #include "kernels/attention_work.cuh"
@@ -40,8 +40,8 @@ enum {
     SPLIT_PAGES = KERNELS_SPLIT_TOKENS / TOKENS,
     TOKEN_WARPS = TOKENS / 16, /* warps side by side over a page's tokens, or over the dims */
     WARP_DIMS = 16 * TOKEN_WARPS,
-    MERGE_SPLITS = 16,       /* triples that are joined between two barriers */
-    COUNTERS = 4096,         /* >= blocks of a launch */
+    MERGE_SPLITS = 16, /* triples that are joined between two barriers */
+    COUNTERS = 4096,   /* >= blocks of a launch */
     BLOCKS_AN_SM_MAX = 8,
 };
 
@@ -69,15 +69,17 @@ struct attention_shape {
         ROW_BYTES = DIMS * (FP8 ? 1 : 2) + 16, /* of the ring */
         Q_BYTES = DIMS * 2 + 16,
         STAGE_BYTES = TOKENS * ROW_BYTES,
-        PLANE_BYTES = TOKENS * COLUMNS * 2,    /* of P */
-        O_WORDS = DT * NT * 4,                 /* of a thread's output */
+        PLANE_BYTES = TOKENS * COLUMNS * 2, /* of P */
+        O_WORDS = DT * NT * 4,              /* of a thread's output */
         TRIPLE_FLOATS = 2 * COLUMNS + O_WORDS * THREADS,
     };
     struct alignas(16) stats {
-        float part_m[TOKEN_WARPS][COLUMNS], part_l[TOKEN_WARPS][COLUMNS]; /* of the split, by warp */
+        float part_m[TOKEN_WARPS][COLUMNS],
+            part_l[TOKEN_WARPS][COLUMNS];  /* of the split, by warp */
         float m[COLUMNS], l[COLUMNS];      /* of the row so far */
         float keep[COLUMNS], add[COLUMNS]; /* factors of the last join; add < 0: nothing to add */
-        int position[COLUMNS], out[COLUMNS]; /* last visible token, place in o; position -1: unused */
+        int position[COLUMNS],
+            out[COLUMNS]; /* last visible token, place in o; position -1: unused */
         struct work_shared work;
         uint32_t flag;
     };
@@ -193,8 +195,8 @@ static __device__ __forceinline__ int unit_begin(const struct attention_job &job
         /* Two dims that an mma takes together. ldmatrix gives lane t bytes 4t .. 4t + 3 of a row as
          * one step: dims 2t, 2t + 1 and 2t + 8, 2t + 9 of bf16, but 4t .. 4t + 3 of fp8: so Q lies
          * in the order in which fp8 keys come. */
-        const int within = pair % 8, dim = FP8 ? pair / 8 * 16 + within % 4 * 4 + within / 4 * 2
-                                               : 2 * pair;
+        const int within = pair % 8,
+                  dim = FP8 ? pair / 8 * 16 + within % 4 * 4 + within / 4 * 2 : 2 * pair;
         uint32_t both = 0;
         if (c < columns && dim < hd) {
             const int64_t head = (int64_t)(row_begin + c / tile.head_count) * job.heads +
@@ -217,8 +219,8 @@ static __device__ __forceinline__ void page_scores(float (&score)[NT][4], const 
     for (int j = 0; j < NT; j++)
 #pragma unroll
         for (int e = 0; e < 4; e++) score[j][e] = 0.0f;
-    /* matrices of bf16: (tokens, dims) = (low, low), (low, high), (high, low), (high, high); of fp8,
-     * where a matrix is 16 dims wide: (low, step), (high, step), (low, next), (high, next) */
+    /* matrices of bf16: (tokens, dims) = (low, low), (low, high), (high, low), (high, high); of
+     * fp8, where a matrix is 16 dims wide: (low, step), (high, step), (low, next), (high, next) */
     const unsigned char *key =
         FP8 ? keys + (16 * warp + lane % 16) * Shape::ROW_BYTES + lane / 16 * 16
             : keys + (16 * warp + lane / 16 * 8 + lane % 8) * Shape::ROW_BYTES + lane / 8 % 2 * 16;
@@ -351,7 +353,7 @@ static __device__ __forceinline__ void page_output(attention_output<DT, NT> &out
     const unsigned char *weights =
         p + lane / 16 * Shape::PLANE_BYTES + first_column * TOKENS * 2 + lane % 16 * 16;
     /* matrices of bf16: (tokens, dims) = (low, low), (high, low), (low, high), (high, high); of fp8
-     * four times 8 tokens of 16 dims: two steps, and rows g, g + 8 of the operand are dims 2g, 2g + 1 */
+     * four times 8 tokens of 16 dims: two steps; rows g, g + 8 of the operand: dims 2g, 2g + 1 */
     const unsigned char *value =
         FP8 ? values + lane * Shape::ROW_BYTES + 16 * warp
             : values + lane % 16 * Shape::ROW_BYTES + 32 * warp + lane / 16 * 16;
@@ -361,8 +363,8 @@ static __device__ __forceinline__ void page_output(attention_output<DT, NT> &out
 #pragma unroll
         for (int i = 0; i < DT; i++) {
             if (FP8) {
-                const uint4 x = load_matrices<true>(value + 16 * step * Shape::ROW_BYTES +
-                                                    i * WARP_DIMS);
+                const uint4 x =
+                    load_matrices<true>(value + 16 * step * Shape::ROW_BYTES + i * WARP_DIMS);
                 a[i][0] = make_uint4(fp8_pair(x.x, x.x >> 16), fp8_pair(x.y, x.y >> 16),
                                      fp8_pair(x.x >> 8, x.x >> 24), fp8_pair(x.y >> 8, x.y >> 24));
                 a[i][1] = make_uint4(fp8_pair(x.z, x.z >> 16), fp8_pair(x.w, x.w >> 16),
@@ -435,8 +437,7 @@ static __device__ __forceinline__ void output_store(const struct attention_job &
             for (int i = 0; i < DT; i++) {
                 const int tile = WARP_DIMS * i + 16 * warp;
                 const int dim = tile + (FP8 ? 2 * g + e / 2 : g + e / 2 * 8);
-                if (dim < hd)
-                    to[dim] = bf16_from_float(row.o[i][j][e] / stats.l[column] * scale);
+                if (dim < hd) to[dim] = bf16_from_float(row.o[i][j][e] / stats.l[column] * scale);
             }
         }
 }
@@ -445,20 +446,18 @@ static __device__ __forceinline__ void output_store(const struct attention_job &
 template <typename Shape, int DT, int NT>
 static __device__ __forceinline__ void triple_store(float *to,
                                                     const attention_output<DT, NT> &split,
-                                                    const typename Shape::stats &stats,
-                                                    int columns, int first_column) {
+                                                    const typename Shape::stats &stats, int columns,
+                                                    int first_column) {
     const int tid = (int)threadIdx.x;
-    if (tid < columns)
-        split_stats<Shape>(stats, tid, to[tid], to[Shape::COLUMNS + tid]);
+    if (tid < columns) split_stats<Shape>(stats, tid, to[tid], to[Shape::COLUMNS + tid]);
     float4 *o = (float4 *)(void *)(to + 2 * Shape::COLUMNS) + tid;
 #pragma unroll
     for (int j = 0; j < NT; j++)
         if (first_column + 8 * j + 2 * (tid % 4) < columns)
 #pragma unroll
             for (int i = 0; i < DT; i++)
-                o[(i * NT + j) * Shape::THREADS] =
-                    make_float4(split.o[i][j][0], split.o[i][j][1], split.o[i][j][2],
-                                split.o[i][j][3]);
+                o[(i * NT + j) * Shape::THREADS] = make_float4(split.o[i][j][0], split.o[i][j][1],
+                                                               split.o[i][j][2], split.o[i][j][3]);
 }
 
 /* row, stats.m and stats.l = triples [splits] joined in order. scratch: shared, [3][MERGE_SPLITS]
@@ -477,9 +476,10 @@ static __device__ __forceinline__ void triples_join(const float *triples, int sp
         const int count = min(splits - begin, (int)MERGE_SPLITS);
         const float *from = triples + (int64_t)begin * Shape::TRIPLE_FLOATS;
         for (int i = tid; i < count * COLUMNS; i += Shape::THREADS)
-            m_of[i] = i % COLUMNS < columns
-                          ? __ldcg(from + (int64_t)(i / COLUMNS) * Shape::TRIPLE_FLOATS + i % COLUMNS)
-                          : -INFINITY;
+            m_of[i] =
+                i % COLUMNS < columns
+                    ? __ldcg(from + (int64_t)(i / COLUMNS) * Shape::TRIPLE_FLOATS + i % COLUMNS)
+                    : -INFINITY;
         __syncthreads();
         for (int i = tid; i < count * COLUMNS; i += Shape::THREADS) {
             float m = stats.m[i % COLUMNS];
@@ -558,8 +558,7 @@ static __global__ void __launch_bounds__(WARP *TOKEN_WARPS *CW, NT == 1 && DT < 
         __syncthreads();
     }
     struct attention_feed feed = {item, 0, false, 0};
-    for (int s = 0; s < shape::STAGES - 1; s++)
-        feed_stage<shape>(job, lane, share.end, ring, feed);
+    for (int s = 0; s < shape::STAGES - 1; s++) feed_stage<shape>(job, lane, share.end, ring, feed);
 
     attention_output<DT, NT> row_o;
     int columns = 0, stage = 0;

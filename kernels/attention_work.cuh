@@ -61,7 +61,8 @@ static __device__ __forceinline__ bool work_group_ends(const struct attention_wo
 static __device__ __forceinline__ int work_group_rows(const struct attention_work &w,
                                                       const struct work_item &item) {
     int n = 1;
-    for (; n < w.group_max && item.row - n >= 0 && (item.position - n + 1) % w.group_max != 0; n++) {
+    for (; n < w.group_max && item.row - n >= 0 && (item.position - n + 1) % w.group_max != 0;
+         n++) {
         const struct kernels_row before = w.rows[item.row - n];
         if (before.page_begin != item.page_begin || before.position != item.position - n) break;
     }
@@ -115,11 +116,13 @@ static __device__ __forceinline__ struct work_share work_divide(const struct att
     const int tid = (int)threadIdx.x, threads = (int)blockDim.x, lane = tid % WARP,
               warp = tid / WARP;
     const int each = (w.row_count + threads - 1) / threads;
-    const int row_begin = min(tid * each, w.row_count), row_end = min(row_begin + each, w.row_count);
+    const int row_begin = min(tid * each, w.row_count),
+              row_end = min(row_begin + each, w.row_count);
     struct kernels_row place;
     int64_t mine = 0;
     for (int r = row_begin; r < row_end; r++)
-        if (work_group_ends(w, r, place)) mine += (int64_t)work_splits(place.position) * w.tile_count;
+        if (work_group_ends(w, r, place))
+            mine += (int64_t)work_splits(place.position) * w.tile_count;
     int64_t upto = mine; /* of the warp's threads up to this one */
     for (int step = 1; step < WARP; step *= 2) {
         const int64_t other = __shfl_sync(WARP_ALL, upto, lane - step);

@@ -15,7 +15,7 @@
 
 enum { KINDS = 2, NAMES = 2, TENSOR_NAME_BYTES = 128 };
 
-/* The scales of one layer and kind for the rank's kv heads: out[2 g + kind]. *found: it has some. */
+/* The scales of one layer and kind for the rank's kv heads: out[2 g + kind]. *found: there are. */
 static enum status read_scales(const model *m, source *src, int layer, int kind, float *out,
                                bool *found) {
     static const char *const names[KINDS][NAMES] = {

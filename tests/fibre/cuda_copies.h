@@ -1,8 +1,8 @@
 /* cuda_copies.h: asynchronous copies into shared memory (cp.async) and ldmatrix, for the emulation.
  *
  * A copy is carried out when its thread waits for the group it belongs to, and not before: a kernel
- * that reads too early finds what was there. The source is read at that time too, which a GPU may do
- * at any time in between; nobody may write it meanwhile. A queue belongs to a thread of the block;
+ * that reads too early finds what was there. The source is read at that time too; a GPU may do it
+ * at any time in between, so nobody may write it meanwhile. A queue belongs to a thread of the block;
  * what a thread did not wait for is forgotten when the next one of its number starts a copy.
  */
 #ifndef SFUMATO_TESTS_CUDA_COPIES_H
