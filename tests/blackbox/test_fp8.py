@@ -86,3 +86,14 @@ def test_bench_load_measures_loading_beside_reading(folders):
     for name in ("hot", "cold"):
         for key in ("read_gbs", "load_gbs", "ratio"):
             assert 0 < facts[name][key]["min"] <= facts[name][key]["median"] <= facts[name][key]["max"]
+
+
+@needs_emulation
+def test_ranks_quantise_and_add_to_the_same_bits(tmp_path):
+    lines = tmp_path / "in.jsonl"
+    lines.write_text('{"text":"What is 2+3?"}\n')
+    outs = [emulated("score", "--quiet", "--model", str(TINY), "--input", str(lines), "--output", "-", "--top", "3", "--dtype", "fp8",
+                     "--backend", "cuda", "--comm", "mpi", "--deterministic", "--max-num-batched-tokens", "32", ranks=ranks)
+            for ranks in (1, 2)]
+    assert outs[0][0] == 0 and len(outs[0][2]) > 500, outs[0]
+    assert outs[0] == outs[1]
