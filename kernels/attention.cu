@@ -18,7 +18,8 @@
  * Precision: q is rounded to bf16 as on the CPU, so scores are exact products summed in fp32. p
  * goes into the product as two bf16 (p = high + low to 2^-17), two mma for one: with a single one
  * the error is that of rounding o to bf16 once more (NMSE 2e-6, above the bound of 1e-6); with two
- * the emulation is within 2e-8 of a double rounded to bf16. Exponentials are ex2.approx in the base 2 domain.
+ * the emulation is within 2e-8 of a double rounded to bf16. Exponentials are ex2.approx in the base
+ * 2 domain.
  *
  * Pages come by cp.async through a ring of STAGES x 64 rows of K or V, in the order K K K K V V V
  * V, across splits and units: while one stage is used the next ones are on their way. fp8 travels
