@@ -61,6 +61,7 @@ endfunction()
 runs(n1 1)
 runs(staged_n2 2)
 runs(nccl_n2 2 nccl)
+runs(fused_n2 2 fused)
 # a rank that draws other numbers ends the job
 runs(differ_n2 2)
 set_tests_properties(i_run_differ_n2 PROPERTIES PASS_REGULAR_EXPRESSION "row 0: rank 1 decided otherwise than rank 0")

@@ -169,10 +169,86 @@ static void test_flipped_bits(void) {
     CU_ASSERT(refused > (int)(4 * n)); /* most bits matter */
 }
 
+static struct sample_run runs;
+
+static size_t encode_runs(void) {
+    return plan_encode_run(7, &runs.batch, &runs.run, message, sizeof message);
+}
+
+static void test_run(void) {
+    enum plan_kind kind;
+    struct batch got;
+    sample_run_make(&runs);
+    const size_t n = encode_runs();
+    CHECK_EQ(view(n, &kind, &got), STATUS_OK);
+    CHECK_EQ(kind, PLAN_RUN);
+    CHECK_EQ(run.steps, 20);
+    CHECK_EQ(run.ahead, 2);
+    CU_ASSERT(suite_equal_bytes("rows", run.rows, runs.rows, sizeof runs.rows));
+    CHECK_EQ(got.segments[1].page_count, 2); /* 60 + 19 positions: the pages of all steps */
+    struct plan_limits none = sample_limits;
+    none.run_rows_max = 0;
+    uint64_t step;
+    int probe;
+    CHECK_EQ(plan_view(message, n, &none, &kind, &step, &probe, &got, &run), STATUS_COMM);
+    for (size_t cut = 0; cut < n; cut++) CHECK_EQ(view(cut, &kind, &got), STATUS_COMM);
+    sample_make(&sample); /* an ordinary plan is no run */
+    CHECK_EQ(
+        view(plan_encode(PLAN_STEP, 1, &sample.batch, 0, message, sizeof message), &kind, &got),
+        STATUS_OK);
+    CHECK_EQ(run.steps, 0);
+    CU_ASSERT(run.rows == NULL);
+}
+
+#define RUN_REFUSED(change, what)                                                         \
+    do {                                                                                  \
+        enum plan_kind kind;                                                              \
+        struct batch got;                                                                 \
+        sample_run_make(&runs);                                                           \
+        change;                                                                           \
+        CHECK_EQ(view(encode_runs(), &kind, &got), STATUS_COMM);                          \
+        CU_ASSERT(strstr(fail_text(), what) != NULL);                                     \
+        if (!strstr(fail_text(), what)) printf("\n    %s, want %s\n", fail_text(), what); \
+    } while (0)
+
+static void test_broken_runs(void) {
+    RUN_REFUSED(runs.run.steps = 33, "steps of a run");
+    RUN_REFUSED(runs.run.ahead = 0, "launched ahead");
+    RUN_REFUSED(runs.run.ahead = 5, "launched ahead");
+    RUN_REFUSED(runs.rows[1].steps = 0, "steps of a run row");
+    RUN_REFUSED(runs.rows[1].steps = 21, "steps of a run row");
+    RUN_REFUSED(runs.rows[1].steps = 4, "pages of a segment"); /* 64 positions: one page too many */
+    RUN_REFUSED(runs.segments[0].position = 120,
+                "pages of a segment"); /* 140: a third is missing */
+    RUN_REFUSED(runs.segments[0].position = 490, "position");
+    RUN_REFUSED(runs.rows[0].phase_bound = 2, "bond");
+    RUN_REFUSED(runs.rows[0].params.max_topk = 65, "max_topk");
+    RUN_REFUSED(runs.rows[2].params.close_text_count = 257, "");
+    RUN_REFUSED(runs.rows[2].params.close_text[1] = 1000, "close_text");
+    RUN_REFUSED(runs.rows[0].params.eos_count = 17, "ends of run row");
+    RUN_REFUSED(runs.rows[0].params.close_id = 1000, "markers");
+    RUN_REFUSED(runs.rows[0].params.close_id = 6, "watched id");
+    RUN_REFUSED(runs.rows[2].params.close_id = 6, "watched ids");
+    RUN_REFUSED(memset(&runs.rows[0].params.cold_stop, 2, 1), "switches");
+    RUN_REFUSED(memset(&runs.rows[0].state.thinking_done, 7, 1), "switches");
+    RUN_REFUSED(runs.rows[0].state.phase = (enum think_phase)2, "phase");
+    RUN_REFUSED(runs.rows[0].state.end = (enum think_end)7, "end of run row");
+    RUN_REFUSED(runs.rows[0].state.forced_next = 2, "forced text");
+    RUN_REFUSED(runs.rows[0].state.forced_next = -2, "forced text");
+    RUN_REFUSED(runs.rows[0].state.thinking_steps = -1, "thinking steps");
+    RUN_REFUSED(runs.rows[0].state.cold_count = INT64_MAX, "cold steps");
+    RUN_REFUSED(runs.probes[1].logit_row = 2, "logit row");
+    RUN_REFUSED((runs.segments[0].row_count = 2, runs.segments[1].row_begin = 2,
+                 runs.batch.segment_count = 2),
+                "other rows than decode rows");
+}
+
 const struct suite_case suite_cases[] = {{"what is written is read", test_round_trip},
                                          {"stop carries nothing", test_stop},
                                          {"limits are exact", test_limits},
                                          {"every broken rule is named", test_broken_rules},
                                          {"a message cut short", test_cut_short},
                                          {"a flipped bit", test_flipped_bits},
+                                         {"a run is written and read", test_run},
+                                         {"every broken rule of a run", test_broken_runs},
                                          {NULL, NULL}};

@@ -9,7 +9,8 @@
  * the middle of runs. The reference is the same engine with ordinary steps, whose decisions
  * i_engine.c compares with transformers'.
  *
- * Arguments: none, or "nccl" (sums and gathers by the stub of NCCL, inside the graphs).
+ * Arguments: none (what ranks exchange passes the host), or "nccl" (the stub of NCCL) or "fused" (the
+ * product's own kernels), both inside the graphs.
  */
 #include "base/log.h"
 #include "comm/comm.h"
@@ -50,6 +51,12 @@ static struct engine_options options_of(int seqs, int run_steps, int ahead) {
                                    .launch_ahead = ahead};
 }
 
+static enum comm_kind kind_of(const char *name) {
+    return strcmp(name, "nccl") == 0    ? COMM_NCCL
+           : strcmp(name, "fused") == 0 ? COMM_FUSED
+                                        : COMM_AUTO;
+}
+
 int suite_setup(int *argc, char ***argv) {
     static struct model_config config;
     log_init(LOG_WARN, false);
@@ -70,7 +77,8 @@ int suite_setup(int *argc, char ***argv) {
     const struct backend_config backend_config = {.rows_max = ROWS,
                                                   .logit_rows_max = engine_logit_rows_max(&o),
                                                   .probes_max = engine_probes_max(&o),
-                                                  .local_ranks = 1,
+                                                  .local_rank = comm_local_rank(job),
+                                                  .local_ranks = comm_local_size(job),
                                                   .deterministic = true,
                                                   .batch = engine_batch_limits(&o),
                                                   .run_rows = engine_run_rows_max(&o),
@@ -86,12 +94,11 @@ int suite_setup(int *argc, char ***argv) {
                                                 .vocab_count = VOCAB};
     must(cuda_open(&backend_config, &be));
     must(model_open(src, &model_options, be, job, NULL, NULL, &toy));
-    struct comm_config sizes = {
-        .slot_floats = ROWS * 64,
-        .timeout_seconds = 100,
-        .device = be,
-        .tree_sums = true,
-        .kind = *argc > 1 && strcmp((*argv)[1], "nccl") == 0 ? COMM_NCCL : COMM_AUTO};
+    struct comm_config sizes = {.slot_floats = ROWS * 64,
+                                .timeout_seconds = 100,
+                                .device = be,
+                                .tree_sums = true,
+                                .kind = kind_of(*argc > 1 ? (*argv)[1] : "mpi")};
     engine_comm_needs(&o, &sizes.bcast_bytes_max, &sizes.gather_bytes_max,
                       model_vocab_local_max(toy));
     must(comm_setup(job, &sizes));

@@ -15,6 +15,7 @@
 #include "engine/plan.h"
 
 #include <math.h>
+#include <stdio.h>
 #include <string.h>
 
 #include "kv/pages.h"
@@ -295,9 +296,10 @@ static enum status check_run_params(int row, const struct think_params *p,
     RULE(p->eos_count >= 0 && p->eos_count <= THINK_EOS_MAX, "ends of run row", row);
     RULE((unsigned)p->on_eos <= ON_EOS_MASK && (unsigned)p->compat <= COMPAT_OFFICIAL_2026_01,
          "parameters of run row", row);
-    if (think_params_check(p, vocab) != STATUS_OK)
-        return fail(STATUS_COMM, "broken plan: run row %d: %s", row, fail_text());
-    return STATUS_OK;
+    if (think_params_check(p, vocab) == STATUS_OK) return STATUS_OK;
+    char text[FAULT_TEXT_BYTES]; /* what it says goes where ours will be written */
+    snprintf(text, sizeof text, "%s", fail_text());
+    return fail(STATUS_COMM, "broken plan: run row %d: %s", row, text);
 }
 
 /* Row i of a run is segment, row, logit row and probe i, and watches its close marker. */

@@ -32,8 +32,12 @@ int LLVMFuzzerTestOneInput(const uint8_t *bytes, size_t n) {
     struct sample sample;
     log_init(LOG_OFF, false);
     sample_make(&sample);
+    struct sample_run sample_run;
+    sample_run_make(&sample_run);
     const enum plan_kind kind_made = n % 2 ? PLAN_FETCH : PLAN_STEP;
-    size_t size = plan_encode(kind_made, 9, &sample.batch, n % 2, whole, sizeof whole);
+    size_t size = n / 2 % 2
+                      ? plan_encode_run(9, &sample_run.batch, &sample_run.run, whole, sizeof whole)
+                      : plan_encode(kind_made, 9, &sample.batch, n % 2, whole, sizeof whole);
     for (size_t i = 0; i + 2 < n; i += 3)
         whole[(bytes[i] | (size_t)bytes[i + 1] << 8) % size] = bytes[i + 2];
     if (n > 0 && bytes[0] == 0xff) size = size * bytes[n - 1] / 255; /* a message cut short */
@@ -48,7 +52,9 @@ int LLVMFuzzerTestOneInput(const uint8_t *bytes, size_t n) {
     struct plan_run run;
     if (plan_view(plan, size, &sample_limits, &kind, &step, &probe, &batch, &run) == STATUS_OK) {
         read_all(&batch);
-        const size_t m = plan_encode(kind, step, &batch, probe, again, sizeof again);
+        const size_t m = kind == PLAN_RUN
+                             ? plan_encode_run(step, &batch, &run, again, sizeof again)
+                             : plan_encode(kind, step, &batch, probe, again, sizeof again);
         ASSERT_EQ(m, size);
         ASSERT(plan_view(again, m, &sample_limits, &kind, &step, &probe, &batch, &run) ==
                STATUS_OK);
