@@ -489,7 +489,8 @@ def test_health_from_loading_to_drain(stubs):
     """NOT_SERVING, SERVING, NOT_SERVING; what runs completes, what is new is refused, exit 0."""
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
-    command = ["mpirun", "-n", "2", str(BINARY), "serve", "--model", str(TINY), "--port", "0", "--grpc-port", str(port)]
+    command = ["mpirun", "-n", "2", str(BINARY), "serve", "--model", str(TINY), "--port", "0", "--grpc-port", str(port),
+               "--shutdown-timeout", "200"]  # a slow machine is not what is tested
     process = subprocess.Popen(command, env={**os.environ, **MPI}, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     seen, done = [], threading.Event()
     try:

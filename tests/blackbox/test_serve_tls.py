@@ -99,6 +99,7 @@ def test_slow_reader(server):
     server.settle()
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_handshakes(server):
     """Plain text, garbage and half a handshake end one connection and nothing else."""
     for data in (b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n", b"\x16\x03\x01\x02\x00\x01", b"\0" * 100):
