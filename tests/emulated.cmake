@@ -43,6 +43,18 @@ add_test(NAME l_emulated_lt COMMAND test_emulated_lt)
 set_tests_properties(l_emulated_lt PROPERTIES TIMEOUT 240
   ENVIRONMENT "${test_env};LD_LIBRARY_PATH=${CMAKE_CURRENT_BINARY_DIR}/stub;CUBLASLT_STUB=on")
 
+# The measuring program, at sizes that mean nothing: that it measures to its end.
+add_executable(bench_gpu_emulated ${CMAKE_SOURCE_DIR}/bench/gpu.c ${cuda_backend} stub/cuda_stub.c)
+target_compile_definitions(bench_gpu_emulated PRIVATE _GNU_SOURCE SFUMATO_WITH_CUBLASLT)
+target_include_directories(bench_gpu_emulated BEFORE PRIVATE stub ${own})
+target_link_libraries(bench_gpu_emulated PRIVATE sf_kernels_fibre sf_backend sf_base ${CMAKE_DL_LIBS})
+set_target_properties(bench_gpu_emulated PROPERTIES LINKER_LANGUAGE CXX)
+if(NOT SFUMATO_ASAN)
+  add_test(NAME l_emulated_bench_gpu COMMAND bench_gpu_emulated --small --json)
+  set_tests_properties(l_emulated_bench_gpu PROPERTIES TIMEOUT 240
+    ENVIRONMENT "${test_env};LD_LIBRARY_PATH=${CMAKE_CURRENT_BINARY_DIR}/stub")
+endif()
+
 # emulated(NAME RANKS ARGUMENTS...): selftest of the emulated program. Slow: a fibre switch per thread and barrier.
 function(emulated name ranks)
   add_test(NAME l_emulated_${name}
