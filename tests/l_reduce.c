@@ -295,7 +295,7 @@ static size_t faults_of(int buffers) {
 
 static void test_buffers(void) {
     CHECK_EQ(faults_of(3), 0);
-    #ifndef REDUCE_ALONE /* the sanitizer is too slow for delays that are meant to be long */
+#ifndef REDUCE_ALONE /* the sanitizer is too slow for delays that are meant to be long */
     if (fibre_on_touch) CU_ASSERT(faults_of(2) > 0);
 #endif
 }
