@@ -25,6 +25,7 @@
 #include "engine/engine.h"
 
 enum { BATCHES_MAX = 16, WARM_STEPS = 4, STEPS_MAX = 32, ROUND_TARGET_MS = 60 };
+enum { AHEAD_MAX = 8, TICKS_A_STEP = 8 }; /* steps of a run that are under way when a round ends */
 
 enum order_kind { ORDER_SWEEP = 1, ORDER_FOLLOW, ORDER_END };
 struct order {
@@ -165,14 +166,19 @@ static enum status submit(struct step_bench *b, const struct batch_result *r) {
     return status;
 }
 
-/* n decode steps; the other ranks are told to follow for exactly these. */
-static double run_steps(struct step_bench *b, int n) {
+/* n decode steps of `batch` rows; the other ranks are told to follow for these. A tick is a step, but
+ * where runs are launched ahead it may only start one: what counts is what has been said. Steps that
+ * are under way at the end come after the clock has stopped. Negative: they do not come. */
+static double run_steps(struct step_bench *b, int n, int batch) {
+    const int64_t want = b->tokens + (int64_t)n * batch;
     give_order(b->host, ORDER_FOLLOW, 0, 0);
     const double start = progress_clock();
-    for (int i = 0; i < n; i++) engine_tick(b->engine);
+    for (int ticks = 0; b->tokens < want && ticks < TICKS_A_STEP * n; ticks++)
+        engine_tick(b->engine);
     const double seconds = progress_clock() - start;
+    const bool done = b->tokens == want;
     engine_stop(b->engine);
-    return seconds;
+    return done ? seconds : -1;
 }
 
 static void add_round(struct step_bench *b, struct batch_result *r, double floor, int64_t bytes,
@@ -201,9 +207,8 @@ static enum status run_rounds(struct step_bench *b, struct batch_result *r) {
         struct engine_counters c0, c1;
         comm_times_get(b->host->comm, &t0);
         engine_counters_get(b->engine, &c0);
-        const int64_t tokens = b->tokens;
-        const double seconds = run_steps(b, r->steps_per_round);
-        if (b->tokens - tokens != (int64_t)r->steps_per_round * r->batch) {
+        const double seconds = run_steps(b, r->steps_per_round, r->batch);
+        if (seconds < 0) {
             return fail(STATUS_BUG,
                         "a decode step did not move every sequence: context or memory too small");
         }
@@ -223,15 +228,15 @@ static enum status run_rounds(struct step_bench *b, struct batch_result *r) {
 static enum status run_batch(struct step_bench *b, struct batch_result *r) {
     TRY(submit(b, r));
     give_order(b->host, ORDER_FOLLOW, 0, 0);
-    const int64_t want = b->tokens + (int64_t)r->batch * WARM_STEPS;
-    double step = 0;
+    const int64_t first = b->tokens + r->batch, want = first + (int64_t)r->batch * WARM_STEPS;
+    double start = progress_clock();
     while (b->tokens < want) { /* prompts, then a few steps to warm up */
-        const double start = progress_clock();
+        if (b->tokens <= first) start = progress_clock();
         if (!engine_tick(b->engine)) break;
-        step = progress_clock() - start;
     }
+    const double step = (progress_clock() - start) / WARM_STEPS;
     engine_stop(b->engine);
-    const int64_t room = b->steps_room / (b->host->params.rounds + 1);
+    const int64_t room = b->steps_room / (b->host->params.rounds + 1) - AHEAD_MAX;
     double n = fmax(1, fmin(STEPS_MAX, ROUND_TARGET_MS * 1e-3 / (step + 1e-9)));
     r->steps_per_round = (int)fmin(n, (double)room);
     const enum status status = run_rounds(b, r);
@@ -429,10 +434,11 @@ static enum status plan_bench(struct step_bench *b) {
         if (b->batches[i] > largest) largest = b->batches[i];
     }
     b->context = p->context;
-    const int64_t wanted = p->context + WARM_STEPS + 64 + (p->rounds + 1) * STEPS_MAX;
+    const int64_t before = p->context + 1 + WARM_STEPS + AHEAD_MAX + 64;
+    const int64_t wanted = before + (p->rounds + 1) * (STEPS_MAX + AHEAD_MAX);
     const int64_t length = wanted < positions ? wanted : positions;
-    b->steps_room = length - p->context - WARM_STEPS - 64;
-    if (b->steps_room < p->rounds + 1) {
+    b->steps_room = length - before;
+    if (b->steps_room < (p->rounds + 1) * (1 + AHEAD_MAX)) {
         return fail(
             STATUS_USAGE,
             "--context %lld: with %lld rounds it does not fit into the model's %lld positions",
