@@ -55,6 +55,13 @@ if(NOT SFUMATO_ASAN)
     ENVIRONMENT "${test_env};LD_LIBRARY_PATH=${CMAKE_CURRENT_BINARY_DIR}/stub")
 endif()
 
+# The ladder's own logic, a few tokens at a time.
+if(NOT SFUMATO_ASAN)
+  add_test(NAME l_emulated_ladder COMMAND ${CMAKE_SOURCE_DIR}/tests/gpu/ladder ${CMAKE_BINARY_DIR} --emulated
+           --minutes 9 --report ${CMAKE_CURRENT_BINARY_DIR}/ladder.json)
+  set_tests_properties(l_emulated_ladder PROPERTIES ENVIRONMENT "${test_env}" TIMEOUT 600 PROCESSORS 2)
+endif()
+
 # emulated(NAME RANKS ARGUMENTS...): selftest of the emulated program. Slow: a fibre switch per thread and barrier.
 function(emulated name ranks)
   add_test(NAME l_emulated_${name}
