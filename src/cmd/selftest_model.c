@@ -3,7 +3,8 @@
  *
  *   logits      teacher-forced: one prompt of hard and mixed inputs, then single rows; every rank
  *               compares its own vocabulary with its part of the whole model's
- *   decisions   the engine itself: soft thinking of four sequences, and the hash of all decisions
+ *   decisions   the engine itself: soft thinking of four sequences, and the hash of all decisions, made on
+ *               the host and, where the backend can, on the device
  *
  * The toy has what the large models have: 5 query heads a kv head, QKV bias, QK norm, an uneven
  * vocabulary, and llama3's scaled RoPE. Weights are a hash of their place (load/synthetic.c). With the
@@ -16,7 +17,16 @@
 
 #include "cmd/selftest.h"
 
-enum { ROWS = 64, SEQS = 4, PROMPT = 24, LENGTH = 128, PAGES = 12, STEPS = 16, VOCAB = 603 };
+enum {
+    ROWS = 64,
+    SEQS = 4,
+    PROMPT = 24,
+    LENGTH = 128,
+    PAGES = 12,
+    STEPS = 16,
+    RUN_STEPS = 8,
+    VOCAB = 603
+};
 
 void selftest_plan(struct host *h, struct model_config *config) {
     config_init(config);
@@ -41,7 +51,9 @@ void selftest_plan(struct host *h, struct model_config *config) {
                                                 .max_model_len = LENGTH,
                                                 .page_count = PAGES,
                                                 .prefix_cache = true,
-                                                .vocab_count = VOCAB - 3};
+                                                .vocab_count = VOCAB - 3,
+                                                .run_steps = RUN_STEPS,
+                                                .launch_ahead = 2};
     h->model_options =
         (struct model_options){.weight_dtype = BACKEND_BF16,
                                .kv_dtype = BACKEND_BF16,
@@ -179,9 +191,12 @@ static struct request request_of(int i, const uint32_t *ids) {
                                       .close_id = 5}};
 }
 
-/* Four sequences in the engine; 0 on other ranks than the first. */
-static uint64_t decide(struct selftest *t, model *m, comm *c, int64_t *steps) {
-    const struct engine_options *options = &t->h->engine_options;
+/* Four sequences in the engine, in runs of so many steps where the backend has them; 0 on other ranks
+ * than the first. */
+static uint64_t decide(struct selftest *t, model *m, comm *c, int run_steps, int64_t *steps) {
+    struct engine_options own = t->h->engine_options;
+    const struct engine_options *options = &own;
+    own.run_steps = run_steps;
     struct engine_counters counters;
     engine *e = NULL;
     *steps = 0;
@@ -225,11 +240,21 @@ void selftest_model(struct selftest *t) {
              h->ranks);
     selftest_check(t, "toy model: logits", detail, compare_logits(t, h->model, whole.m, exact));
 
-    const uint64_t hash = decide(t, h->model, h->comm, &steps);
-    const uint64_t again = decide(t, h->model, h->comm, &steps);
+    const uint64_t hash = decide(t, h->model, h->comm, 0, &steps);
+    const uint64_t again = decide(t, h->model, h->comm, 0, &steps);
     selftest_check_true(t, "decisions, repeated", "the same hash from a second run", hash == again);
+    if (h->backend->run_rows > 0) {
+        const uint64_t device = decide(t, h->model, h->comm, RUN_STEPS, &steps);
+        if (h->params.deterministic) {
+            selftest_check_true(t, "decisions, device", "the hash of those on the host",
+                                device == hash);
+        } else if (h->rank == 0) {
+            selftest_note(t, "decisions, device", "%016llx; on the host: %016llx",
+                          (unsigned long long)device, (unsigned long long)hash);
+        }
+    }
     if (h->rank == 0) {
-        want = decide(t, whole.m, whole.c, &whole_steps);
+        want = decide(t, whole.m, whole.c, 0, &whole_steps);
         snprintf(detail, sizeof detail, "%016llx after %lld steps", (unsigned long long)hash,
                  (long long)steps);
         selftest_note(t, "decision hash", "%s; one rank, scalar: %016llx", detail,
