@@ -121,7 +121,7 @@ struct cuda {
     void *records_pinned;
     size_t records_pinned_bytes;
     struct cuda_lt *lt; /* NULL: own kernels for all products */
-    uint32_t *sink; /* device, one word: keeps benchmark reads alive */
+    uint32_t *sink;     /* device, one word: keeps benchmark reads alive */
 };
 
 static inline struct cuda *cuda_of(backend *b) { return (struct cuda *)b; }

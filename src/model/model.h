@@ -21,7 +21,7 @@ typedef struct model model;
 
 struct model_options {
     enum backend_dtype weight_dtype, kv_dtype;
-    int slabs;          /* S */
+    int slabs; /* S */
     /* A bench of one rank may hold the share of rank slice_rank of slice_ranks; 0: the job's own. */
     int slice_ranks, slice_rank;
     int rows_max;       /* T of a step */
