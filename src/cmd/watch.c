@@ -139,8 +139,18 @@ static void check_limit(const struct watch_stage *stage) {
     const double limit = atomic_load(&watch.limit), now = progress_clock();
     char text[480];
     if (limit == 0 || now < limit + (watch.rank > 0 ? LIMIT_LATER_SECONDS : 0)) return;
-    snprintf(text, sizeof text, "rank %d on %s: %s takes too long: %s", watch.rank, watch.host,
-             stage->name, stage->advice);
+    const struct sibling *stopped = NULL;
+    for (int i = 0; i < watch.sibling_count && !stopped; i++) {
+        if (watch.siblings[i].stopped_looks > 1) stopped = &watch.siblings[i];
+    }
+    if (stopped) { /* not stopped long enough for check_siblings, but the reason all the same */
+        snprintf(text, sizeof text,
+                 "rank %d on %s: %s takes too long: rank %d (process %d) is stopped", watch.rank,
+                 watch.host, stage->name, stopped->rank, (int)stopped->pid);
+    } else {
+        snprintf(text, sizeof text, "rank %d on %s: %s takes too long: %s", watch.rank, watch.host,
+                 stage->name, stage->advice);
+    }
     leave(stage->exit_code, text);
 }
 

@@ -128,7 +128,7 @@ def test_bench_step_of_one_rank_among_many(tmp_path):
     assert shares[3]["rank_of"] == "3/4" and shares[3]["ranks"] == 1
     slow = bench("--rank-of", "2/4", "--collective-us", "2000", "--compare-hard")["batches"][0]
     assert slow["step_ms"]["min"] >= 6 * 2.0  # the concept token, two a layer, the gather
-    assert slow["hard_step_ms"]["min"] >= 6 * 2.0 and -0.9 < slow["soft_cost"] < 9
+    assert slow["hard_step_ms"]["min"] >= 6 * 2.0 and slow["soft_cost"] > -1
 
 
 def test_bench_others_smoke():
