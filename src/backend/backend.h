@@ -44,7 +44,7 @@ struct backend_config {
     struct batch_limits batch;
     int run_rows, positions_max; /* rows of a run, 0: no runs; longest sequence */
     int rank, ranks;             /* of the job */
-    enum backend_gemm gemm;         /* CUDA, not deterministic */
+    enum backend_gemm gemm;      /* CUDA, not deterministic */
 };
 
 typedef struct backend backend;
@@ -214,11 +214,11 @@ struct backend_ops {
 /* First member of every backend. */
 struct backend {
     const struct backend_ops *ops;
-    enum backend_isa isa;           /* in use */
-    enum backend_numerics numerics; /* in use: FMA or DPBF16 */
-    int threads;      /* that compute */
-    int host_threads; /* of host_run */
-    int run_rows;     /* rows a run may have; 0: none */
+    enum backend_isa isa;                         /* in use */
+    enum backend_numerics numerics;               /* in use: FMA or DPBF16 */
+    int threads;                                  /* that compute */
+    int host_threads;                             /* of host_run */
+    int run_rows;                                 /* rows a run may have; 0: none */
     size_t weight_bytes, kv_bytes, scratch_bytes; /* taken so far */
     /* A GPU only. stream: what all verbs run on (cudaStream_t). watch: called again and again while
      * the host waits for the device, and once when the wait is over, so that whoever has work on the
