@@ -8,7 +8,7 @@
  */
 #include "comm/comm_path.h"
 #include "engine/engine.h"
-#include "suite.h"
+#include "ranks.h"
 #include "support/vec.h"
 
 enum {
@@ -32,12 +32,6 @@ static struct engine_options options_now(void) {
                                    .max_model_len = LENGTH,
                                    .page_count = PAGES,
                                    .prefix_cache = true};
-}
-
-static void must(enum status s) {
-    if (s == STATUS_OK) return;
-    printf("%s\n", fail_text());
-    exit(1);
 }
 
 static void open_model(comm *c, backend **be, model **m) {
@@ -77,12 +71,7 @@ int suite_setup(int *argc, char ***argv) {
     return 0;
 }
 
-unsigned suite_total_failures(unsigned mine) {
-    const unsigned *all = comm_gather(job, &mine, sizeof mine);
-    unsigned total = 0;
-    for (int r = 0; all && r < comm_size(job); r++) total += all[r];
-    return all ? total : mine;
-}
+unsigned suite_total_failures(unsigned mine) { return ranks_failures(job, mine); }
 
 void suite_teardown(void) {
     model_close(job_model);

@@ -16,7 +16,7 @@
 #include "comm/comm.h"
 #include "cuda_runtime_api.h"
 #include "engine/engine.h"
-#include "suite.h"
+#include "ranks.h"
 
 enum {
     ROWS = 24,
@@ -34,12 +34,6 @@ static comm *job;
 static backend *be;
 static model *toy;
 static source *src;
-
-static void must(enum status s) {
-    if (s == STATUS_OK) return;
-    printf("%s\n", fail_text());
-    exit(1);
-}
 
 static struct engine_options options_of(int seqs, int run_steps, int ahead) {
     return (struct engine_options){.max_seqs = seqs,
@@ -106,12 +100,7 @@ int suite_setup(int *argc, char ***argv) {
     return 0;
 }
 
-unsigned suite_total_failures(unsigned mine) {
-    const unsigned *all = comm_gather(job, &mine, sizeof mine);
-    unsigned total = 0;
-    for (int r = 0; all && r < comm_size(job); r++) total += all[r];
-    return all ? total : mine;
-}
+unsigned suite_total_failures(unsigned mine) { return ranks_failures(job, mine); }
 
 void suite_teardown(void) {
     model_close(toy);

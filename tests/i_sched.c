@@ -786,8 +786,8 @@ static void test_refusals(void) {
     engine_free(e);
 }
 
-/* A flipped bit in a record ends the job with the row and the rank, not with a plausible token. */
-static void test_flipped_bit(void) {
+/* One request, in a process of its own, with what `corrupt` arranges: the job must end. */
+static void check_job_ends(int ranks, void (*corrupt)(void)) {
     seed_now = 13;
     scripts[0].request = plain_request(1000);
     make_prompt(&scripts[0], 30, false, 0);
@@ -795,7 +795,8 @@ static void test_flipped_bit(void) {
     const pid_t child = fork();
     if (child == 0) {
         fake.corrupt = true;
-        run_scripts(1, &(struct way){4, 64, 100, 2, false, 0, 0, false});
+        if (corrupt) corrupt();
+        run_scripts(1, &(struct way){4, 64, 100, ranks, false, 0, 0, false});
         _exit(0);
     }
     int how = 0;
@@ -803,6 +804,9 @@ static void test_flipped_bit(void) {
     CU_ASSERT(WIFEXITED(how));
     CHECK_EQ(WEXITSTATUS(how), STATUS_COMM);
 }
+
+/* A flipped bit in a record ends the job with the row and the rank, not with a plausible token. */
+static void test_flipped_bit(void) { check_job_ends(2, NULL); }
 
 /* Steps that decide on the device give the reference's decisions, whatever their number, however far they
  * are launched ahead, and whatever happens to their sequences meanwhile. */
@@ -871,25 +875,12 @@ static void test_runs_cancelled(void) {
 }
 
 /* The other ranks' hashes: a rank that decides otherwise ends the job, with step, row and rank. */
-static void test_runs_differ(void) {
-    seed_now = 13;
-    scripts[0].request = plain_request(1000);
-    make_prompt(&scripts[0], 30, false, 0);
-    fflush(stdout);
-    const pid_t child = fork();
-    if (child == 0) {
-        fake.corrupt = true;
-        fake_run.differs_at = 3;
-        run_steps = 8;
-        run_ahead = 2;
-        run_scripts(1, &(struct way){4, 64, 100, 1, false, 0, 0, false});
-        _exit(0);
-    }
-    int how = 0;
-    CU_ASSERT(waitpid(child, &how, 0) == child);
-    CU_ASSERT(WIFEXITED(how));
-    CHECK_EQ(WEXITSTATUS(how), STATUS_COMM);
+static void differ_in_runs(void) {
+    fake_run.differs_at = 3;
+    run_steps = 8;
+    run_ahead = 2;
 }
+static void test_runs_differ(void) { check_job_ends(1, differ_in_runs); }
 
 /* Freeing an engine with work in it leaves nothing behind (seen by the leak checker). */
 static void test_freed_in_flight(void) {

@@ -9,26 +9,7 @@
  */
 #include "base/fp8.h"
 #include "f_backend.h"
-#include "kernels/kernels.h"
-
-extern int kernels_sm_count; /* few multiprocessors: a block then works on several items */
-
-#define LAUNCH(call)                     \
-    do {                                 \
-        CHECK_EQ((call), 0);             \
-        CHECK_EQ(kernels_wait(NULL), 0); \
-    } while (0)
-
-enum { SKIPPED = 77 }; /* an exit status that ctest knows */
-
-int suite_setup(int *argc, char ***argv) {
-    (void)argc, (void)argv;
-    const int error = kernels_setup();
-    if (error == 0 && kernels_reads_host_memory()) return 0;
-    printf("skipped: %s\n",
-           error ? kernels_error_text(error) : "the device cannot read ordinary memory (no HMM)");
-    exit(SKIPPED);
-}
+#include "kernel_suite.h"
 
 enum { TOKENS = KERNELS_PAGE_TOKENS, ROWS_MAX = 16, TILES_MAX = 8, PAGE_LIST = 16, LAYERS = 2 };
 

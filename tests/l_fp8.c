@@ -6,26 +6,9 @@
  */
 #include "base/fp8.h"
 #include "f_backend.h"
-#include "kernels/kernels.h"
+#include "kernel_suite.h"
 
-extern int kernels_sm_count;
-
-#define LAUNCH(call)                     \
-    do {                                 \
-        CHECK_EQ((call), 0);             \
-        CHECK_EQ(kernels_wait(NULL), 0); \
-    } while (0)
-
-enum { SKIPPED = 77, SLABS = 8, ROWS_MAX = 65, WORKSPACE_TILES = 64, GROUP = 128 };
-
-int suite_setup(int *argc, char ***argv) {
-    (void)argc, (void)argv;
-    const int error = kernels_setup();
-    if (error == 0 && kernels_reads_host_memory()) return 0;
-    printf("skipped: %s\n",
-           error ? kernels_error_text(error) : "the device cannot read ordinary memory (no HMM)");
-    exit(SKIPPED);
-}
+enum { SLABS = 8, ROWS_MAX = 65, WORKSPACE_TILES = 64, GROUP = 128 };
 
 struct shape {
     int64_t rows, cols;
@@ -183,14 +166,6 @@ static double dot(const struct weights *w, int part, int64_t row, int64_t cols, 
     return sum;
 }
 
-static void product(enum kernels_mode mode, int rows, const struct kernels_matrix *m,
-                    const bf16 *in, void *out, void *workspace) {
-    if (m->kind == KERNELS_GATE_UP)
-        LAUNCH(kernels_gate_up(NULL, mode, rows, m, in, out, workspace));
-    else
-        LAUNCH(kernels_product(NULL, mode, rows, m, in, out, workspace));
-}
-
 static void product_check(const struct weights *w, const bf16 *in, int rows, const void *out) {
     const int64_t cols = w->m.cols, n_rows = w->m.rows;
     int wrong = 0;
@@ -231,16 +206,16 @@ static void test_products(void) {
             const int most = i < MANY ? (int)ROWS_MAX : 9;
             const size_t bytes = size * (size_t)(most * s->rows);
             void *whole = guard_new(bytes);
-            product(KERNELS_DETERMINISTIC, most, &w.m, in, whole, workspace);
+            kernel_product(KERNELS_DETERMINISTIC, most, &w.m, in, whole, workspace);
             product_check(&w, in, most, whole);
             for (size_t c = 0; c < sizeof counts / sizeof counts[0]; c++) {
                 if (counts[c] > most || (i >= MANY && counts[c] % 3 == 2)) continue; /* time */
                 const size_t part = size * (size_t)(counts[c] * s->rows);
                 void *out = guard_new(part);
-                product(KERNELS_DETERMINISTIC, counts[c], &w.m, in, out, workspace);
+                kernel_product(KERNELS_DETERMINISTIC, counts[c], &w.m, in, out, workspace);
                 CU_ASSERT(suite_equal_bytes("rows of a smaller step", out, whole, part));
                 if (counts[c] <= 16) { /* beyond, fast mode has the same kernel and pieces */
-                    product(KERNELS_FAST, counts[c], &w.m, in, out, workspace);
+                    kernel_product(KERNELS_FAST, counts[c], &w.m, in, out, workspace);
                     product_check(&w, in, counts[c], out);
                 }
                 CU_ASSERT(guard_check(out, part));
@@ -287,7 +262,7 @@ static void test_tensor_parallel(void) {
                         in[i * cols + k] = bf16_from_float(x[i * s->cols + from + k]);
                 struct weights w = {0};
                 weights_new(&w, &mine, KERNELS_ROW, (const float *const[2]){own, NULL});
-                product(KERNELS_DETERMINISTIC, ROWS, &w.m, in, parts + (size_t)r * n, NULL);
+                kernel_product(KERNELS_DETERMINISTIC, ROWS, &w.m, in, parts + (size_t)r * n, NULL);
                 weights_free(&w, KERNELS_ROW);
                 free(own), free(in);
             }

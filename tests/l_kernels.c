@@ -5,33 +5,11 @@
  * and the bounds of verification.md section 7 decide. Outputs have guards around them, the emulated
  * shared memory has its exact size. What this cannot show: a GPU's memory order, blocks that run at
  * once, the tensor core's own rounding, or speed. test_l_kernels_gpu is this very file against the
- * library nvcc made: "device" pointers are ordinary memory there too, which a driver with
- * heterogeneous memory management allows; else it is skipped.
+ * library nvcc made (kernel_suite.h).
  */
 #include "f_backend.h"
-#include "kernels/kernels.h"
+#include "kernel_suite.h"
 #include "think/think.h"
-
-extern int kernels_sm_count; /* few multiprocessors: a block then works on several row tiles */
-
-/* Emulated launches are over when they return; on a device (test_l_kernels_gpu) they are waited
- * for. */
-#define LAUNCH(call)                     \
-    do {                                 \
-        CHECK_EQ((call), 0);             \
-        CHECK_EQ(kernels_wait(NULL), 0); \
-    } while (0)
-
-enum { SKIPPED = 77 }; /* an exit status that ctest knows */
-
-int suite_setup(int *argc, char ***argv) {
-    (void)argc, (void)argv;
-    const int error = kernels_setup();
-    if (error == 0 && kernels_reads_host_memory()) return 0;
-    printf("skipped: %s\n",
-           error ? kernels_error_text(error) : "the device cannot read ordinary memory (no HMM)");
-    exit(SKIPPED);
-}
 
 enum { ROWS_MAX = 70, SLABS = 8, WORKSPACE_TILES = 64 };
 
@@ -85,14 +63,6 @@ static double dot(const float *w, const float *x, int64_t n, double *magnitude) 
     return sum;
 }
 
-static void product(enum kernels_mode mode, int rows, const struct kernels_matrix *m,
-                    const bf16 *in, void *out, void *workspace) {
-    if (m->kind == KERNELS_GATE_UP)
-        LAUNCH(kernels_gate_up(NULL, mode, rows, m, in, out, workspace));
-    else
-        LAUNCH(kernels_product(NULL, mode, rows, m, in, out, workspace));
-}
-
 static void product_check(const struct kernels_matrix *m, const float *a, const float *b,
                           const float *x, int rows, const void *out) {
     int wrong = 0;
@@ -134,18 +104,18 @@ static void test_products(void) {
             const size_t size = kind == KERNELS_GATE_UP ? sizeof(bf16) : sizeof(float);
             const size_t bytes = size * (size_t)(ROWS_MAX * s->rows);
             void *whole = guard_new(bytes);
-            product(KERNELS_DETERMINISTIC, ROWS_MAX, &m, in, whole, workspace);
+            kernel_product(KERNELS_DETERMINISTIC, ROWS_MAX, &m, in, whole, workspace);
             product_check(&m, a, b, x, ROWS_MAX, whole);
             for (size_t c = 0; c < sizeof counts / sizeof counts[0]; c++) {
                 if (i > 1 && counts[c] != 1 && counts[c] != 3 && counts[c] != 9)
                     continue; /* time */
                 const size_t part = size * (size_t)(counts[c] * s->rows);
                 void *out = guard_new(part);
-                product(KERNELS_DETERMINISTIC, counts[c], &m, in, out, workspace);
+                kernel_product(KERNELS_DETERMINISTIC, counts[c], &m, in, out, workspace);
                 CU_ASSERT(suite_equal_bytes("rows of a smaller step", out, whole, part));
                 if (counts[c] <= 9 ||
                     i == 1) { /* fast mode differs up to 4 rows, and in its pieces */
-                    product(KERNELS_FAST, counts[c], &m, in, out, workspace);
+                    kernel_product(KERNELS_FAST, counts[c], &m, in, out, workspace);
                     product_check(&m, a, b, x, counts[c], out);
                 }
                 CU_ASSERT(guard_check(out, part));
@@ -188,7 +158,7 @@ static void test_tensor_parallel(void) {
                 for (int64_t k = 0; k < mine.cols; k++)
                     in[i * mine.cols + k] = bf16_from_float(x[i * s->cols + mine.border[0] + k]);
             struct kernels_matrix m = matrix_make(&mine, KERNELS_ROW, w, NULL);
-            product(KERNELS_DETERMINISTIC, ROWS, &m, in, parts + (size_t)r * n, NULL);
+            kernel_product(KERNELS_DETERMINISTIC, ROWS, &m, in, parts + (size_t)r * n, NULL);
             free(m.data), free(w), free(in);
         }
         LAUNCH(kernels_rank_tree(NULL, (int64_t)n, ranks, parts, sum));
@@ -199,7 +169,7 @@ static void test_tensor_parallel(void) {
     const struct shape none = {8, 0, 2, {0, 0, 0}};
     struct kernels_matrix m = matrix_make(&none, KERNELS_ROW, a, NULL);
     float out[8];
-    product(KERNELS_FAST, 1, &m, (const bf16 *)x, out, NULL);
+    kernel_product(KERNELS_FAST, 1, &m, (const bf16 *)x, out, NULL);
     for (int i = 0; i < 8; i++) CU_ASSERT(out[i] == 0.0f && signbit(out[i]));
     free(m.data), free(a), free(x), free(want), free(sum), free(parts);
 }

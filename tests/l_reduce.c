@@ -11,8 +11,7 @@
 #include <pthread.h>
 #include <unistd.h>
 
-#include "kernels/kernels.h"
-#include "suite.h"
+#include "kernel_suite.h"
 #include "tree_reference.h"
 
 enum {
@@ -21,7 +20,6 @@ enum {
     SLOT_FLOATS = 24576,
     GATHER_WORDS = 1500,
     GUARD = 64,
-    SKIPPED = 77,
 };
 
 /* One stream a thread, as cudaStreamPerThread. */
@@ -29,7 +27,7 @@ static const kernels_stream own_stream = (kernels_stream)(uintptr_t)2;
 
 __attribute__((weak)) void fibre_on_touch(void (*hook)(const void *p, bool store));
 
-#define LAUNCH(call)                                                 \
+#define QUEUE(call)                                                  \
     do {                                                             \
         wrong[rank] += (call) != 0 || kernels_wait(own_stream) != 0; \
     } while (0)
@@ -41,15 +39,6 @@ int kernels_multiprocessors(void) { return kernels_sm_count; }
 int kernels_wait(kernels_stream stream) { return stream == (kernels_stream)1; }
 bool kernels_reads_host_memory(void) { return true; }
 #endif
-
-int suite_setup(int *argc, char ***argv) {
-    (void)argc, (void)argv;
-    const int error = kernels_setup();
-    if (error == 0 && kernels_reads_host_memory()) return 0;
-    printf("skipped: %s\n",
-           error ? kernels_error_text(error) : "the device cannot read ordinary memory (no HMM)");
-    exit(SKIPPED);
-}
 
 /* ---- ranks ---- */
 
@@ -175,7 +164,7 @@ static void fill_slot(int rank, int round, size_t count) {
 static void plain_sum(int rank, int round, enum kernels_way way, size_t count, float *sum) {
     fill_slot(rank, round, count);
     sum[count] = 7.0f;
-    LAUNCH(kernels_peers_sum(own_stream, way, &peers[rank], (int64_t)count, sum));
+    QUEUE(kernels_peers_sum(own_stream, way, &peers[rank], (int64_t)count, sum));
     for (size_t i = 0; i < count; i++) {
         const float want = expected(round, i);
         wrong[rank] += memcmp(&want, &sum[i], sizeof want) != 0;
@@ -196,11 +185,11 @@ static void normed_sum(int rank, int round, enum kernels_way way, int rows, int 
     fill_slot(rank, round, count);
     x[count] = 7.0f;
     h[count] = 77;
-    LAUNCH(kernels_peers_sum_norm(own_stream, way, &peers[rank], rows, hidden, first, 0.7f, x,
-                                  weight, 1e-6f, h));
+    QUEUE(kernels_peers_sum_norm(own_stream, way, &peers[rank], rows, hidden, first, 0.7f, x,
+                                 weight, 1e-6f, h));
     for (size_t i = 0; i < count; i++) sum[i] = expected(round, i);
-    LAUNCH(kernels_add_norm(own_stream, rows, hidden, first, 0.7f, sum, x_want, weight, 1e-6f,
-                            h_want));
+    QUEUE(kernels_add_norm(own_stream, rows, hidden, first, 0.7f, sum, x_want, weight, 1e-6f,
+                           h_want));
     wrong[rank] += memcmp(x, x_want, sizeof *x * count) != 0;
     wrong[rank] += memcmp(h, h_want, sizeof *h * count) != 0;
     wrong[rank] += x[count] != 7.0f || h[count] != 77;
@@ -212,7 +201,7 @@ static void gathering(int rank, int round, size_t bytes) {
     unsigned char mine[4 * GATHER_WORDS], all[RANKS_MAX * (4 * GATHER_WORDS + 3)];
     for (size_t i = 0; i < bytes; i++)
         mine[i] = (unsigned char)suite_random((uint64_t)(round * 10 + rank), (uint32_t)i);
-    LAUNCH(kernels_peers_gather(own_stream, &peers[rank], mine, bytes, all, stride));
+    QUEUE(kernels_peers_gather(own_stream, &peers[rank], mine, bytes, all, stride));
     for (int r = 0; r < ranks; r++)
         for (size_t i = 0; i < bytes; i++)
             wrong[rank] += all[(size_t)r * stride + i] !=
@@ -330,7 +319,7 @@ static void run_mark(int rank) {
     for (int round = 0; round < 4; round++) {
         uint32_t *slot = (uint32_t *)(void *)kernels_peers_slot(&peers[rank]);
         for (int i = 0; i < 8; i++) slot[i] = i % 2 ? 0xffa5a5a5u : 0x80000000u;
-        LAUNCH(kernels_peers_sum(own_stream, KERNELS_ONE_SHOT, &peers[rank], 8, sum));
+        QUEUE(kernels_peers_sum(own_stream, KERNELS_ONE_SHOT, &peers[rank], 8, sum));
         for (int i = 0; i < 8; i++) /* absent everywhere stays absent */
             wrong[rank] += i % 2 ? !isnan(sum[i]) : sum[i] != 0.0f || !signbit(sum[i]);
     }
@@ -354,11 +343,11 @@ static void run_without_the_last(int rank) {
     begin_rank(rank, NULL);
     for (int i = 0; i < 3; i++) { /* the later ones leave at once */
         if (missed == SMALL)
-            LAUNCH(kernels_peers_sum(own_stream, KERNELS_ONE_SHOT, &peers[rank], 1024, sum));
+            QUEUE(kernels_peers_sum(own_stream, KERNELS_ONE_SHOT, &peers[rank], 1024, sum));
         if (missed == LARGE)
-            LAUNCH(kernels_peers_sum(own_stream, KERNELS_TWO_SHOT, &peers[rank], 1024, sum));
+            QUEUE(kernels_peers_sum(own_stream, KERNELS_TWO_SHOT, &peers[rank], 1024, sum));
         if (missed == RECORDS)
-            LAUNCH(kernels_peers_gather(own_stream, &peers[rank], mine, 64, all, 64));
+            QUEUE(kernels_peers_gather(own_stream, &peers[rank], mine, 64, all, 64));
     }
 }
 

@@ -6,25 +6,9 @@
 
 #include "base/bf16.h"
 #include "base/fp8.h"
-#include "kernels/kernels.h"
-#include "suite.h"
+#include "kernel_suite.h"
 
-#define LAUNCH(call)                     \
-    do {                                 \
-        CHECK_EQ((call), 0);             \
-        CHECK_EQ(kernels_wait(NULL), 0); \
-    } while (0)
-
-enum { SKIPPED = 77, BLOCK = 128 };
-
-int suite_setup(int *argc, char ***argv) {
-    (void)argc, (void)argv;
-    const int error = kernels_setup();
-    if (error == 0 && kernels_reads_host_memory()) return 0;
-    printf("skipped: %s\n",
-           error ? kernels_error_text(error) : "the device cannot read ordinary memory (no HMM)");
-    exit(SKIPPED);
-}
+enum { BLOCK = 128 };
 
 static void *zeroed(size_t n) {
     void *p = aligned_alloc(128, (n + 255) / 128 * 128);
