@@ -249,6 +249,18 @@ static __device__ __forceinline__ void page_scores(float (&score)[NT][4], const 
     }
 }
 
+/* The largest score of a column over the warps' parts of the split. */
+template <typename Shape>
+static __device__ __forceinline__ float split_max(const typename Shape::stats &stats, int column) {
+    float m = stats.part_m[0][column];
+#pragma unroll
+    for (int w = 1; w < TOKEN_WARPS; w++) {
+        const float other = stats.part_m[w][column];
+        m = other > m ? other : m;
+    }
+    return m;
+}
+
 /* Scores of a split become exponentials; the warp's part of m and l goes to stats. All threads. */
 template <typename Shape, int NT>
 static __device__ __forceinline__ void split_softmax(float (&score)[SPLIT_PAGES][NT][4],
@@ -287,12 +299,7 @@ static __device__ __forceinline__ void split_softmax(float (&score)[SPLIT_PAGES]
 #pragma unroll
         for (int e = 0; e < 2; e++) {
             const int column = first_column + 8 * j + 2 * t + e;
-            float m = stats.part_m[0][column], sum = 0.0f;
-#pragma unroll
-            for (int w = 1; w < TOKEN_WARPS; w++) {
-                const float other = stats.part_m[w][column];
-                m = other > m ? other : m;
-            }
+            float m = split_max<Shape>(stats, column), sum = 0.0f;
             if (m == -INFINITY) m = 0.0f; /* no token of this split: all exponentials 0 */
 #pragma unroll
             for (int p = 0; p < SPLIT_PAGES; p++)
@@ -312,12 +319,7 @@ static __device__ __forceinline__ void split_softmax(float (&score)[SPLIT_PAGES]
 template <typename Shape>
 static __device__ __forceinline__ void split_stats(const typename Shape::stats &stats, int column,
                                                    float &m, float &l) {
-    m = stats.part_m[0][column];
-#pragma unroll
-    for (int w = 1; w < TOKEN_WARPS; w++) {
-        const float other = stats.part_m[w][column];
-        m = other > m ? other : m;
-    }
+    m = split_max<Shape>(stats, column);
     l = (stats.part_l[0][column] + stats.part_l[1][column]) +
         (stats.part_l[2][column] + stats.part_l[3][column]);
 }

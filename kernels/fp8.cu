@@ -54,24 +54,9 @@ static __global__ void __launch_bounds__(PRODUCT_THREADS, NT > 2 ? 1 : 2)
     product_fp8(const __grid_constant__ struct kernels_matrix m, struct product_split split,
                 int rows, const bf16 *in, float *out, bf16 *act) {
     KERNELS_SHARED(float, partial); /* see product_finish */
-    const int lane = (int)threadIdx.x % WARP, warp = (int)threadIdx.x / WARP, g = lane / 4,
-              t = lane % 4;
-    const int pieces = 1 << split.piece_log, slots = 1 << (split.part_log + split.piece_log);
-    const int part = warp % slots >> split.piece_log, piece = warp % pieces;
-    const int first_tile = ((int)blockIdx.x * (PRODUCT_WARPS / slots) + warp / slots) * MT;
+    const int lane = (int)threadIdx.x % WARP, g = lane / 4, t = lane % 4;
     const int first_row = (int)blockIdx.y * 8 * NT;
-    const bool present = part < m.part_count && m.part_tile[part] < m.part_tile[part + 1];
-    const bool works = present && first_tile < m.row_tiles;
-    int begin = 0, end = 0, column = 0; /* blocks, first column of the lane */
-    if (works) {
-        const int first = m.part_tile[part] / FP8_TILES;
-        const int count = m.part_tile[part + 1] / FP8_TILES - first;
-        begin = first + (int)((int64_t)count * piece >> split.piece_log);
-        end = first + (int)((int64_t)count * (piece + 1) >> split.piece_log);
-        column = m.part_begin[part] + (begin - first) * FP8_BLOCK + 4 * t;
-        prefetch_tiles(m, (int64_t)first_tile * m.col_tiles + begin * FP8_TILES,
-                       (end - begin) * FP8_TILES);
-    }
+    const struct product_work work = product_work_of<MT, FP8_TILES>(m, split);
     after_previous();
 
     float acc[MT][NT][4];
@@ -81,23 +66,24 @@ static __global__ void __launch_bounds__(PRODUCT_THREADS, NT > 2 ? 1 : 2)
         for (int j = 0; j < NT; j++)
 #pragma unroll
             for (int e = 0; e < 4; e++) acc[i][j][e] = 0.0f;
-    if (begin < end) {
-        const int column_end = m.part_begin[part + 1], rows_left = rows - first_row - g;
+    if (work.begin < work.end) {
+        const int column_end = work.column_end, rows_left = rows - first_row - g;
+        int column = work.column + 4 * t;
         const bf16 *inputs = in + (int64_t)(first_row + g) * m.cols;
         int tile[MT]; /* a tile past the last: reads the last one, is not stored */
         struct fp8_block next[MT];
 #pragma unroll
         for (int i = 0; i < MT; i++) {
-            tile[i] = first_tile + i < m.row_tiles ? first_tile + i : m.row_tiles - 1;
-            next[i] = load_block(m, tile[i], begin, lane);
+            tile[i] = work.first_tile + i < m.row_tiles ? work.first_tile + i : m.row_tiles - 1;
+            next[i] = load_block(m, tile[i], work.begin, lane);
         }
-        for (int block = begin; block < end; block++, column += FP8_BLOCK) {
+        for (int block = work.begin; block < work.end; block++, column += FP8_BLOCK) {
             struct fp8_block now[MT];
             float sum[MT][NT][4];
 #pragma unroll
             for (int i = 0; i < MT; i++) {
                 now[i] = next[i];
-                if (block + 1 < end) next[i] = load_block(m, tile[i], block + 1, lane);
+                if (block + 1 < work.end) next[i] = load_block(m, tile[i], block + 1, lane);
 #pragma unroll
                 for (int j = 0; j < NT; j++)
 #pragma unroll
@@ -123,7 +109,7 @@ static __global__ void __launch_bounds__(PRODUCT_THREADS, NT > 2 ? 1 : 2)
                 for (int j = 0; j < NT; j++) scale_in(acc[i][j], sum[i][j], now[i].scale);
         }
     }
-    product_finish<MT, NT>(m, split, rows, acc, present, partial, out, act);
+    product_finish<MT, NT>(m, split, rows, acc, work.present, partial, out, act);
 }
 
 /* A piece of K is a block of 128 columns. Warps take equal numbers of them. */
@@ -178,8 +164,7 @@ static __global__ void __launch_bounds__(PRODUCT_THREADS, GEMV_BLOCKS_AN_SM)
 template <int MT, int NT, bool ALIGNED>
 static void launch(kernels_stream stream, const struct kernels_matrix *m,
                    struct product_split split, int rows, const bf16 *in, float *out, bf16 *act) {
-    const int groups = PRODUCT_WARPS >> (split.part_log + split.piece_log);
-    const dim3 grid(blocks_of(m->row_tiles, groups * MT), blocks_of(rows, 8 * NT));
+    const dim3 grid = product_grid<MT, NT>(m, split, rows);
     const int shared = product_shared<MT, NT>::SHARED;
     KERNELS_LAUNCH((product_fp8<MT, NT, ALIGNED>), grid, dim3(PRODUCT_THREADS), shared, stream, *m,
                    split, rows, in, out, act);

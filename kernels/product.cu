@@ -23,24 +23,12 @@ static __global__ void __launch_bounds__(PRODUCT_THREADS, NT > 4 ? 1 : 2)
         UNROLL = NT == 4 ? 2 : 4
     };                              /* tiles in flight; two blocks of NT = 4 share 64 K registers */
     KERNELS_SHARED(float, partial); /* see product_finish */
-    const int lane = (int)threadIdx.x % WARP, warp = (int)threadIdx.x / WARP, g = lane / 4,
-              t = lane % 4;
-    const int pieces = 1 << split.piece_log, slots = 1 << (split.part_log + split.piece_log);
-    const int part = warp % slots >> split.piece_log, piece = warp % pieces;
-    const int groups = PRODUCT_WARPS / slots;
-    const int first_tile = ((int)blockIdx.x * groups + warp / slots) * MT;
+    const int lane = (int)threadIdx.x % WARP, g = lane / 4, t = lane % 4;
     const int first_row = (int)blockIdx.y * COLUMNS;
+    const struct product_work work = product_work_of<MT, 1>(m, split);
+    after_previous();
 
     float acc[MT][NT][4];
-    const bool present = part < m.part_count && m.part_tile[part] < m.part_tile[part + 1];
-    if (present && first_tile < m.row_tiles) {
-        const int part_tiles = m.part_tile[part + 1] - m.part_tile[part];
-        const int begin = (int)((int64_t)part_tiles * piece >> split.piece_log);
-        const int end = (int)((int64_t)part_tiles * (piece + 1) >> split.piece_log);
-        prefetch_tiles(m, (int64_t)first_tile * m.col_tiles + m.part_tile[part] + begin,
-                       end - begin);
-    }
-    after_previous();
 #pragma unroll
     for (int i = 0; i < MT; i++)
 #pragma unroll
@@ -48,24 +36,21 @@ static __global__ void __launch_bounds__(PRODUCT_THREADS, NT > 4 ? 1 : 2)
 #pragma unroll
             for (int e = 0; e < 4; e++) acc[i][j][e] = 0.0f;
 
-    if (present && first_tile < m.row_tiles) {
-        const int part_tiles = m.part_tile[part + 1] - m.part_tile[part];
-        const int begin = m.part_tile[part] + (int)((int64_t)part_tiles * piece >> split.piece_log);
-        const int end =
-            m.part_tile[part] + (int)((int64_t)part_tiles * (piece + 1) >> split.piece_log);
-        const int column_end = m.part_begin[part + 1];
-        int column = m.part_begin[part] + (begin - m.part_tile[part]) * KERNELS_TILE + 4 * t;
+    if (work.begin < work.end) {
+        const int column_end = work.column_end;
+        int column = work.column + 4 * t;
         const uint4 *weights[MT]; /* a tile past the last: reads the last one, is not stored */
 #pragma unroll
         for (int i = 0; i < MT; i++) {
-            const int tile = first_tile + i < m.row_tiles ? first_tile + i : m.row_tiles - 1;
+            const int tile =
+                work.first_tile + i < m.row_tiles ? work.first_tile + i : m.row_tiles - 1;
             weights[i] =
-                (const uint4 *)m.data + ((int64_t)tile * m.col_tiles + begin) * WARP + lane;
+                (const uint4 *)m.data + ((int64_t)tile * m.col_tiles + work.begin) * WARP + lane;
         }
         const bf16 *inputs = in + (int64_t)(first_row + g) * m.cols;
         const int rows_left = rows - first_row - g;
-        int k = begin;
-        for (; k + UNROLL <= end; k += UNROLL) {
+        int k = work.begin;
+        for (; k + UNROLL <= work.end; k += UNROLL) {
             uint4 a[UNROLL][MT];
 #pragma unroll
             for (int u = 0; u < UNROLL; u++)
@@ -86,7 +71,7 @@ static __global__ void __launch_bounds__(PRODUCT_THREADS, NT > 4 ? 1 : 2)
             for (int i = 0; i < MT; i++) weights[i] += UNROLL * WARP;
             column += UNROLL * KERNELS_TILE;
         }
-        for (; k < end; k++) {
+        for (; k < work.end; k++) {
             uint4 a[MT];
 #pragma unroll
             for (int i = 0; i < MT; i++) {
@@ -104,14 +89,13 @@ static __global__ void __launch_bounds__(PRODUCT_THREADS, NT > 4 ? 1 : 2)
         }
     }
 
-    product_finish<MT, NT>(m, split, rows, acc, present, partial, out, act);
+    product_finish<MT, NT>(m, split, rows, acc, work.present, partial, out, act);
 }
 
 template <int MT, int NT, bool ALIGNED>
 static void launch(kernels_stream stream, const struct kernels_matrix *m,
                    struct product_split split, int rows, const bf16 *in, float *out, bf16 *act) {
-    const int groups = PRODUCT_WARPS >> (split.part_log + split.piece_log);
-    const dim3 grid(blocks_of(m->row_tiles, groups * MT), blocks_of(rows, 8 * NT));
+    const dim3 grid = product_grid<MT, NT>(m, split, rows);
     const int shared = product_shared<MT, NT>::SHARED;
     KERNELS_LAUNCH((product_mma<MT, NT, ALIGNED>), grid, dim3(PRODUCT_THREADS), shared, stream, *m,
                    split, rows, in, out, act);

@@ -56,6 +56,43 @@ static inline struct product_split product_split_of(enum kernels_mode mode,
     return split;
 }
 
+/* What a warp multiplies: MT row tiles by one piece of one part of K. */
+struct product_work {
+    bool present;           /* the part has columns at all */
+    int first_tile;         /* row tile */
+    int begin, end;         /* column tiles, in units; equal: nothing */
+    int column, column_end; /* first of the piece, end of the part */
+};
+
+/* Pieces are whole units of UNIT column tiles. Prefetches the weights: comes before after_previous. */
+template <int MT, int UNIT>
+static __device__ __forceinline__ struct product_work product_work_of(
+    const struct kernels_matrix &m, struct product_split split) {
+    const int warp = (int)threadIdx.x / WARP;
+    const int pieces = 1 << split.piece_log, slots = 1 << (split.part_log + split.piece_log);
+    const int part = warp % slots >> split.piece_log, piece = warp % pieces;
+    struct product_work w = {};
+    w.first_tile = ((int)blockIdx.x * (PRODUCT_WARPS / slots) + warp / slots) * MT;
+    w.present = part < m.part_count && m.part_tile[part] < m.part_tile[part + 1];
+    if (!w.present || w.first_tile >= m.row_tiles) return w;
+    const int first = m.part_tile[part] / UNIT, count = m.part_tile[part + 1] / UNIT - first;
+    w.begin = first + (int)((int64_t)count * piece >> split.piece_log);
+    w.end = first + (int)((int64_t)count * (piece + 1) >> split.piece_log);
+    w.column = m.part_begin[part] + (w.begin - first) * (UNIT * KERNELS_TILE);
+    w.column_end = m.part_begin[part + 1];
+    prefetch_tiles(m, (int64_t)w.first_tile * m.col_tiles + w.begin * UNIT,
+                   (w.end - w.begin) * UNIT);
+    return w;
+}
+
+/* (row tile groups, groups of 8 NT rows) */
+template <int MT, int NT>
+static inline dim3 product_grid(const struct kernels_matrix *m, struct product_split split,
+                                int rows) {
+    const int groups = PRODUCT_WARPS >> (split.part_log + split.piece_log);
+    return dim3(blocks_of(m->row_tiles, groups * MT), blocks_of(rows, 8 * NT));
+}
+
 template <int MT, int NT>
 struct product_shared {
     enum { SHARED = PRODUCT_WARPS * 8 * NT * (KERNELS_TILE * MT + ROW_PAD) * (int)sizeof(float) };
