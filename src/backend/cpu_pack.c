@@ -64,10 +64,7 @@ static void pack_bf16(const float *from, int64_t count, bf16 *panel, int64_t to,
     for (int64_t k = 0; k < count; k += PACK_BLOCK) {
         bf16 rounded[PACK_BLOCK];
         const int n = (int)(count - k < PACK_BLOCK ? count - k : PACK_BLOCK);
-        if (n == PACK_BLOCK) /* a fixed count, so that the compiler vectorises it */
-            for (int i = 0; i < PACK_BLOCK; i++) rounded[i] = bf16_from_float(from[k + i]);
-        else
-            for (int i = 0; i < n; i++) rounded[i] = bf16_from_float(from[k + i]);
+        bf16_round(from + k, n, rounded);
         if (n % 2) rounded[n] = 0; /* n < PACK_BLOCK: PACK_BLOCK is even */
         for (int i = 0; i < n; i += 2)
             memcpy(out + (k + i) * PANEL_ROWS, rounded + i, 2 * sizeof(bf16));

@@ -26,4 +26,13 @@ static inline SFUMATO_DEVICE bf16 bf16_from_float(float x) {
     return (bf16)((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
 }
 
+/* to[count] = from[count], rounded. */
+static inline void bf16_round(const float *from, int64_t count, bf16 *to) {
+    enum { BLOCK = 256 }; /* a fixed count, so that the compiler vectorises it */
+    int64_t i = 0;
+    for (; i + BLOCK <= count; i += BLOCK)
+        for (int k = 0; k < BLOCK; k++) to[i + k] = bf16_from_float(from[i + k]);
+    for (; i < count; i++) to[i] = bf16_from_float(from[i]);
+}
+
 #endif

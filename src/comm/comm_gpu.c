@@ -27,15 +27,19 @@ static struct place own_place(void) {
     return out;
 }
 
-int comm_gpu_sharing(comm *c, int *first, int *second) {
+static void gather_places(comm *c, struct place all[COMM_RANKS_MAX]) {
     const struct place own = own_place();
+    c->job->all_gather(c, &own, sizeof own, all);
+}
+
+int comm_gpu_sharing(comm *c, int *first, int *second) {
     struct place all[COMM_RANKS_MAX];
     int most = 1;
-    c->job->all_gather(c, &own, sizeof own, all);
+    gather_places(c, all);
     for (int r = 0; r < c->size; r++) {
         int same = 0;
         for (int q = 0; q < c->size; q++) {
-            if (memcmp(&all[q], &all[r], sizeof own) != 0) continue;
+            if (memcmp(&all[q], &all[r], sizeof all[q]) != 0) continue;
             if (++same == 2 && most == 1) *first = r, *second = q;
         }
         if (same > most) most = same;
@@ -44,10 +48,10 @@ int comm_gpu_sharing(comm *c, int *first, int *second) {
 }
 
 enum status comm_gpu_reach(comm *c) {
-    const struct place own = own_place();
     struct place all[COMM_RANKS_MAX];
     int device = 0, peer, can;
-    c->job->all_gather(c, &own, sizeof own, all);
+    gather_places(c, all);
+    const struct place own = all[c->rank];
     cudaGetDevice(&device);
     for (int r = 0; r < c->size; r++) {
         if (strcmp(all[r].host, own.host) != 0) {

@@ -137,21 +137,25 @@ static void ask_scored(struct assembly *a, struct cursor *at, struct ask *ask) {
     ask->own_probe = a->batch.probe_count - 1;
 }
 
+void assembly_clear(struct assembly *a) {
+    a->ask_count = 0;
+    a->batch = (struct batch){.candidate_count = CANDIDATES_FEW,
+                              .segments = a->segments,
+                              .pages = a->pages,
+                              .mix_begin = a->mix_begin,
+                              .mix_ids = a->mix_ids,
+                              .mix_weights = a->mix_weights,
+                              .logit_rows = a->logit_rows,
+                              .probes = a->probes,
+                              .edits = a->edits,
+                              .watch_ids = a->watch_ids};
+    a->mix_begin[0] = 0;
+}
+
 void assembly_make(struct assembly *a, const struct sched_work *works, int work_count, bool run) {
     struct batch *b = &a->batch;
     struct cursor at = {0};
-    a->ask_count = 0;
-    *b = (struct batch){.candidate_count = CANDIDATES_FEW,
-                        .segments = a->segments,
-                        .pages = a->pages,
-                        .mix_begin = a->mix_begin,
-                        .mix_ids = a->mix_ids,
-                        .mix_weights = a->mix_weights,
-                        .logit_rows = a->logit_rows,
-                        .probes = a->probes,
-                        .edits = a->edits,
-                        .watch_ids = a->watch_ids};
-    a->mix_begin[0] = 0;
+    assembly_clear(a);
     for (int w = 0; w < work_count; w++) {
         struct sequence *s = works[w].sequence;
         const int64_t end = s->computed + works[w].row_count;

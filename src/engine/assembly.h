@@ -36,6 +36,8 @@ struct assembly {
 
 enum status assembly_init(struct assembly *a, const struct plan_limits *limits);
 void assembly_fini(struct assembly *a);
+/* An empty batch over the arrays. */
+void assembly_clear(struct assembly *a);
 /* run: the batch is the first step of a run: records wide enough for either phase. */
 void assembly_make(struct assembly *a, const struct sched_work *works, int work_count, bool run);
 

@@ -14,7 +14,6 @@
 static void fill_rows(struct assembly *a, const struct plan_limits *l, int64_t ids) {
     struct batch *b = &a->batch;
     int64_t entries = 0;
-    a->mix_begin[0] = 0;
     for (int row = 0; row < b->row_count; row++) {
         for (int64_t i = 0; i < ids; i++, entries++) {
             a->mix_ids[entries] = (uint32_t)((row + i) % l->vocab_count);
@@ -65,18 +64,10 @@ void engine_warm_up(engine *e) {
     const struct plan_limits *l = &e->rank.limits;
     struct assembly *a = &e->assembly;
     struct batch *b = &a->batch;
-    *b = (struct batch){.row_count = l->rows_max,
-                        .segment_count = l->segments_max,
-                        .candidate_count = THINK_TOPK_MAX,
-                        .segments = a->segments,
-                        .pages = a->pages,
-                        .mix_begin = a->mix_begin,
-                        .mix_ids = a->mix_ids,
-                        .mix_weights = a->mix_weights,
-                        .logit_rows = a->logit_rows,
-                        .probes = a->probes,
-                        .edits = a->edits,
-                        .watch_ids = a->watch_ids};
+    assembly_clear(a);
+    b->row_count = l->rows_max;
+    b->segment_count = l->segments_max;
+    b->candidate_count = THINK_TOPK_MAX;
     fill_segments(a, l);
     fill_rows(a, l, l->vocab_count < THINK_TOPK_MAX ? l->vocab_count : THINK_TOPK_MAX);
     fill_probes(a, l);

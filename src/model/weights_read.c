@@ -111,14 +111,6 @@ static enum status expect_finite(const struct reading *r, const struct weights_r
                                    run->row_begin + row + bad / cols, run->col_begin + bad % cols);
 }
 
-static void round_bf16(const float *values, int64_t count, bf16 *to) {
-    enum { BLOCK = 256 }; /* a fixed count, so that the compiler vectorises it */
-    int64_t i = 0;
-    for (; i + BLOCK <= count; i += BLOCK)
-        for (int k = 0; k < BLOCK; k++) to[i + k] = bf16_from_float(values[i + k]);
-    for (; i < count; i++) to[i] = bf16_from_float(values[i]);
-}
-
 /* Rows [row, +n) of the run, which are rows [at, +n) of the chunk. */
 static enum status read_piece(struct reading *r, const struct chunk *c, int64_t at, int64_t n,
                               float *scratch) {
@@ -131,7 +123,7 @@ static enum status read_piece(struct reading *r, const struct chunk *c, int64_t 
     TRY(expect_finite(r, run, values, row, n));
     if (!r->upload) return STATUS_OK;
     if (spec->dtype == BACKEND_BF16) {
-        round_bf16(values, n * cols, (bf16 *)c->rows + at * cols);
+        bf16_round(values, n * cols, (bf16 *)c->rows + at * cols);
         return STATUS_OK;
     }
     fp8 *codes = (fp8 *)c->rows + at * cols;
