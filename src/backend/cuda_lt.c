@@ -97,14 +97,20 @@ static bool set_pitch(struct cuda_lt *lt, cublasLtMatrixLayout_t layout, int64_t
                                                     sizeof pitch) == CUBLAS_STATUS_SUCCESS;
 }
 
+/* The layouts of s for `rows` rows times n unpacked ones, results `pitch` apart. */
+static bool set_sizes(struct cuda_lt *lt, const struct lt_shape *s, int rows, int64_t n,
+                      int64_t pitch) {
+    return set_size(lt, s->weights, true, (uint64_t)n) &&
+           set_size(lt, s->in, true, (uint64_t)rows) && set_size(lt, s->out, false, (uint64_t)n) &&
+           set_size(lt, s->out, true, (uint64_t)rows) && set_pitch(lt, s->out, pitch);
+}
+
 /* out[T][pitch], n columns of it = in[T][K] times the n unpacked rows. False: refused. */
 static bool multiply(struct cuda *cuda, struct lt_shape *s, const cublasLtMatmulAlgo_t *algo,
                      int rows, int64_t n, const void *in, float *out, int64_t pitch) {
     struct cuda_lt *lt = cuda->lt;
     const float one = 1.0f, zero = 0.0f;
-    return set_size(lt, s->weights, true, (uint64_t)n) &&
-           set_size(lt, s->in, true, (uint64_t)rows) && set_size(lt, s->out, false, (uint64_t)n) &&
-           set_size(lt, s->out, true, (uint64_t)rows) && set_pitch(lt, s->out, pitch) &&
+    return set_sizes(lt, s, rows, n, pitch) &&
            lt->lib.cublasLtMatmul(lt->handle, lt->product, &one, lt->weights.data, s->weights, in,
                                   s->in, &zero, out, s->out, out, s->out, algo, lt->workspace.data,
                                   lt->workspace.bytes, cuda->stream) == CUBLAS_STATUS_SUCCESS;
@@ -207,9 +213,7 @@ static void choose(struct cuda *cuda, struct lt_shape *s, const struct kernels_m
     const int64_t pitch = s->kind == KERNELS_GATE_UP ? n : s->rows;
     cublasLtMatmulHeuristicResult_t results[HEURISTICS];
     int count = 0;
-    if (!set_size(lt, s->weights, true, (uint64_t)n) ||
-        !set_size(lt, s->in, true, (uint64_t)rows) || !set_size(lt, s->out, false, (uint64_t)n) ||
-        !set_size(lt, s->out, true, (uint64_t)rows) || !set_pitch(lt, s->out, pitch) ||
+    if (!set_sizes(lt, s, rows, n, pitch) ||
         lt->lib.cublasLtMatmulAlgoGetHeuristic(lt->handle, lt->product, s->weights, s->in, s->out,
                                                s->out, lt->preference, HEURISTICS, results,
                                                &count) != CUBLAS_STATUS_SUCCESS)
