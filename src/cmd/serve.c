@@ -124,8 +124,8 @@ static net *net_to_tell;
 static void on_bug(int exit_code) {
     net *n = net_to_tell;
     if (n && !net_is_this_thread(n)) net_engine_died(n, exit_code, "a bug in the server");
-    _exit(
-        exit_code); /* the launcher ends the other ranks; any thread may come here, so not by MPI */
+    /* the launcher ends the other ranks; any thread may come here, so not by MPI */
+    _exit(exit_code);
 }
 
 /* ---- facts for clients ---- */

@@ -379,17 +379,10 @@ static enum status open_call(call *c, const struct call_options *o) {
     struct body *b = &c->body;
     struct body_template t = {0};
     TRY(read_body(s, o, b));
-    if (b->chat) {
-        const enum status status = body_read_template(s->facts, b->root, &t);
-        if (status != STATUS_OK) {
-            body_template_fini(&t);
-            return status;
-        }
-    } else {
-        TRY(body_end(s->facts, NULL, 0, b));
-    }
+    enum status status =
+        b->chat ? body_read_template(s->facts, b->root, &t) : body_end(s->facts, NULL, 0, b);
+    if (status != STATUS_OK) goto out;
     const struct load l = load_of(b);
-    enum status status;
     TRY_GOTO(check_room(s, b, &l), out);
     TRY_GOTO(check_tokens(s, &l), out);
     TRY_GOTO(open_replies(c), out);
@@ -400,8 +393,9 @@ static enum status open_call(call *c, const struct call_options *o) {
     c->timer = evtimer_new(s->base, idle ? on_nothing_to_do : on_deadline, c);
     if (!c->tickets || !c->timer) TRY_GOTO(fail(STATUS_MEMORY, "no memory for a request"), out);
     for (int i = 0; i < l.tickets; i++) c->tickets[i] = -1;
-    if (!b->chat) TRY_GOTO(take_tickets(c, &l), out);
-    if (b->chat) TRY_GOTO(render_start(s->renderer, &t, on_rendered, c, &c->render), out);
+    TRY_GOTO(
+        b->chat ? render_start(s->renderer, &t, on_rendered, c, &c->render) : take_tickets(c, &l),
+        out);
     enlist(c, &l); /* from here on nothing fails */
     if (!b->chat) submit_all(c, &l);
     if (idle || timeout > 0) start_timer(c, idle ? 0 : timeout);

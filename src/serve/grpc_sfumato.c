@@ -249,10 +249,9 @@ static enum status read_text(struct rpc *r, const struct body_facts *facts, cons
     r->add_special = prompt ? !json_is_false(add) : json_is_true(add);
     r->with_pieces = json_is_true(json_object_get(root, "return_token_strs"));
     if (prompt) return finish_tokens(r, json_string_value(prompt), json_string_length(prompt));
-    const enum status status = body_read_template(facts, root, &t);
-    if (status == STATUS_OK) {
-        return render_start(service_renderer(r->site->service), &t, on_rendered, r, &r->render);
-    }
+    enum status status = body_read_template(facts, root, &t);
+    if (status == STATUS_OK)
+        status = render_start(service_renderer(r->site->service), &t, on_rendered, r, &r->render);
     body_template_fini(&t);
     return status;
 }

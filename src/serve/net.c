@@ -355,11 +355,12 @@ void net_ready(net *n, const struct body_facts *facts) {
 
 void net_engine_died(net *n, int exit_code, const char *text) {
     enum { WAIT_MS = 600 };
-    if (!atomic_exchange(&n->dying, true)) /* two threads may find out at once */
+    if (!atomic_exchange(&n->dying, true)) { /* two threads may find out at once */
         snprintf(n->death, sizeof n->death, "the engine stopped (status %d): %.900s", exit_code,
                  text);
-    atomic_store(&n->died, true);
-    ring(n);
+        atomic_store(&n->died, true);
+        ring(n);
+    }
     for (int ms = 0; n->started && ms < WAIT_MS && !atomic_load(&n->dead_written); ms += POLL_MS) {
         thrd_sleep(&(struct timespec){.tv_nsec = POLL_MS * 1000000}, NULL);
     }

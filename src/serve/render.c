@@ -126,20 +126,13 @@ static void on_finished(evutil_socket_t fd, short what, void *user) {
 enum status render_start(renderer *r, struct body_template *t, render_done *done, void *user,
                          render **out) {
     *out = NULL;
-    if (r->count == r->max) {
-        body_template_fini(t);
+    if (r->count == r->max)
         return fail(STATUS_BUSY, "%d chat templates wait to be rendered: try again later", r->max);
-    }
-    if (!r->started && thrd_create(&r->thread, work, r) != thrd_success) {
-        body_template_fini(t);
+    if (!r->started && thrd_create(&r->thread, work, r) != thrd_success)
         return fail(STATUS_MEMORY, "the system gives no thread for chat templates");
-    }
     r->started = true;
     render *job = calloc(1, sizeof *job);
-    if (!job) {
-        body_template_fini(t);
-        return fail(STATUS_MEMORY, "no memory for a chat template");
-    }
+    if (!job) return fail(STATUS_MEMORY, "no memory for a chat template");
     *job = (render){.owner = r, .template = *t, .done = done, .user = user};
     *t = (struct body_template){0};
     r->count++;

@@ -25,8 +25,8 @@ void renderer_free(renderer *r);
 /* text: borrowed until it returns; NULL: the failure is this thread's last. */
 typedef void render_done(void *user, const char *text, size_t n);
 
-/* Takes over what is in `t`, whatever comes back. done: once, later, unless cancelled. STATUS_BUSY:
- * too many wait. */
+/* Takes over what is in `t` and leaves it empty, or fails and leaves it alone. done: once, later,
+ * unless cancelled. STATUS_BUSY: too many wait. */
 enum status render_start(renderer *r, struct body_template *t, render_done *done, void *user,
                          render **out);
 void render_cancel(render *job);

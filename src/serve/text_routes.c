@@ -134,12 +134,12 @@ static enum status read_text(struct text_job *j, json_t *root, bool *parked) {
     if (prompt) {
         return j->finish(j, prompt, json_string_length(json_object_get(root, "prompt")));
     }
-    const enum status status = body_read_template(j->facts, root, &t);
-    if (status != STATUS_OK) {
-        body_template_fini(&t);
-        return status;
-    }
-    TRY(render_start(service_renderer(j->x->site->service), &t, on_rendered, j, &j->render));
+    enum status status = body_read_template(j->facts, root, &t);
+    if (status == STATUS_OK)
+        status =
+            render_start(service_renderer(j->x->site->service), &t, on_rendered, j, &j->render);
+    body_template_fini(&t);
+    TRY(status);
     *parked = true;
     j->x->user = j;
     j->x->on_gone = on_gone;
