@@ -432,6 +432,34 @@ static void test_idle(void) {
     tear_down();
 }
 
+/* An answer that nobody takes goes after idle_seconds: the window stays shut, or the socket full. */
+static void test_unread(void) {
+    static uint8_t large[1 << 20];
+    enum { ROOM = 1 << 24 };
+    const nghttp2_settings_entry wide = {NGHTTP2_SETTINGS_INITIAL_WINDOW_SIZE, ROOM};
+    for (int full = 0; full < 2; full++) {
+        idle_seconds = 0.3;
+        set_up();
+        if (full) {
+            nghttp2_submit_settings(client.session, 0, &wide, 1);
+            nghttp2_session_set_local_window_size(client.session, 0, 0, ROOM);
+        }
+        handled.keep_open = true;
+        request(hello, sizeof hello, 10);
+        for (int i = 0; i < 4; i++) h2_stream_send(handled.last, large, sizeof large);
+        h2_stream_end(handled.last, H2_OK, NULL);
+        event_base_loop(base, EVLOOP_NONBLOCK);
+        CHECK_EQ(handled.closed, 0);
+        for (int ms = 0; ms < 6000 && !handled.closed; ms += 20) {
+            usleep(20000);
+            event_base_loop(base, EVLOOP_NONBLOCK);
+        }
+        CHECK_EQ(handled.closed, 1);
+        idle_seconds = 60;
+        tear_down();
+    }
+}
+
 static void test_ping_flood(void) {
     set_up();
     for (int i = 0; i < 50; i++) nghttp2_submit_ping(client.session, 0, NULL);
@@ -470,6 +498,7 @@ const struct suite_case suite_cases[] = {
     {"drain: two goodbyes, running streams complete", test_drain},
     {"drain: a request on its way is served", test_drain_race},
     {"idle connections and requests that do not arrive", test_idle},
+    {"answers that nobody reads", test_unread},
     {"too many pings", test_ping_flood},
     {"another protocol on the port", test_not_http2},
     {NULL, NULL},

@@ -9,6 +9,7 @@
 #include "serve/service_parts.h"
 
 enum { MESSAGES_AT_ONCE = 256 }; /* then sockets get their turn */
+#define TURN_SECONDS_MAX 0.02
 
 static void fail_call(call *c) {
     const struct refused why = refused_last();
@@ -188,9 +189,17 @@ static void on_message(service *s, const void *bytes, size_t n) {
     }
 }
 
+/* Sockets have had their turn since the last time; of a long absence a moment counts. */
+static void count_turn(service *s) {
+    const double now = service_clock(), away = now - s->read_at;
+    s->turning += away < TURN_SECONDS_MAX ? away : TURN_SECONDS_MAX;
+    s->read_at = now;
+}
+
 void service_read(service *s) {
     size_t n;
     const void *bytes;
+    count_turn(s);
     for (int i = 0; i < MESSAGES_AT_ONCE; i++) {
         bytes = mailbox_peek(s->wires->up, &n);
         if (!bytes) { /* silent until the next flush; what came in between is looked for once more */

@@ -59,7 +59,6 @@ static void drop_call(struct rpc *r, enum call_gone reason) {
     call_cancel(c, reason);
 }
 
-/* As in HTTP streams, what was unsent before this message counts: one may be larger than the limit. */
 bool grpc_send_bytes(struct rpc *r, const struct json_writer *bytes) {
     const bool streams = r->call && call_streams(r->call);
     if (bytes->failed) {
@@ -67,7 +66,7 @@ bool grpc_send_bytes(struct rpc *r, const struct json_writer *bytes) {
         h2_stream_cut(r->stream, H2_INTERNAL, "the server ran out of memory");
         return false;
     }
-    if (streams && h2_stream_unsent(r->stream) > (size_t)r->site->params->stream_buffer) {
+    if (streams && service_too_slow(r->site->service, &r->pace, h2_stream_unsent(r->stream))) {
         drop_call(r, CALL_SLOW_READER);
         h2_stream_cut(r->stream, H2_RESOURCE_EXHAUSTED, "events were not read in time");
         return false;

@@ -49,6 +49,7 @@ struct rpc {
     char request_id[SERVICE_ID_BYTES], trace_id[33];
     double timeout_seconds;        /* 0: none */
     call *call;                    /* NULL: none, or over */
+    struct service_pace pace;      /* of who reads its events */
     render *render;                /* of Tokenize with messages; NULL: none */
     bool add_special, with_pieces; /* its fields */
     struct grpc_choice *choices;

@@ -12,6 +12,7 @@
 #include <event2/buffer.h>
 #include <event2/bufferevent.h>
 #include <event2/listener.h>
+#include <math.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
 #include <nghttp2/nghttp2.h>
@@ -64,6 +65,7 @@ struct h2_stream {
     char *headers[H2_HEADER_COUNT];
     size_t header_bytes;
     double timeout, opened_at;
+    double moved_at;   /* its answer: last time some of it went out, or its end was said */
     bool headers_done; /* the handler knows it */
     bool too_large;    /* its headers */
     bool encoding_refused;
@@ -164,6 +166,7 @@ static ssize_t read_out(nghttp2_session *session, int32_t id, uint8_t *bytes, si
     (void)id;
     (void)user;
     const int taken = evbuffer_remove(s->out, bytes, n);
+    if (taken > 0) s->moved_at = now_seconds();
     if (evbuffer_get_length(s->out) > 0) return taken;
     if (s->ended) {
         *flags = NGHTTP2_DATA_FLAG_EOF | NGHTTP2_DATA_FLAG_NO_END_STREAM;
@@ -205,6 +208,7 @@ static void answer_http(h2_stream *s, const char *status) {
     const nghttp2_nv head[] = {HEADER(":status", status)};
     nghttp2_submit_response(s->connection->session, s->id, head, 1, NULL);
     s->answered = s->ended = true;
+    s->moved_at = now_seconds();
     touch(s->connection);
 }
 
@@ -227,6 +231,7 @@ size_t h2_stream_unsent(const h2_stream *s) { return evbuffer_get_length(s->out)
 void h2_stream_end(h2_stream *s, int grpc_status, const char *message) {
     if (s->ended) return;
     s->ended = true;
+    s->moved_at = now_seconds();
     s->status = grpc_status;
     if (message) wire_percent_encode(message, s->message, sizeof s->message);
     drop_upload(s);
@@ -240,6 +245,14 @@ void h2_stream_end(h2_stream *s, int grpc_status, const char *message) {
 
 int h2_stream_status(const h2_stream *s) { return s->ended ? s->status : H2_CANCELLED; }
 
+static void reset_unread(h2_stream *s) {
+    s->ended = s->reset = true;
+    evbuffer_drain(s->out, evbuffer_get_length(s->out));
+    nghttp2_submit_rst_stream(s->connection->session, NGHTTP2_FLAG_NONE, s->id,
+                              NGHTTP2_ENHANCE_YOUR_CALM);
+    touch(s->connection);
+}
+
 /* Trailers would have to wait for the peer's window like the data before them. */
 void h2_stream_cut(h2_stream *s, int grpc_status, const char *message) {
     if (s->ended) return;
@@ -247,12 +260,8 @@ void h2_stream_cut(h2_stream *s, int grpc_status, const char *message) {
         h2_stream_end(s, grpc_status, message);
         return;
     }
-    s->ended = s->reset = true;
     s->status = grpc_status;
-    evbuffer_drain(s->out, evbuffer_get_length(s->out));
-    nghttp2_submit_rst_stream(s->connection->session, NGHTTP2_FLAG_NONE, s->id,
-                              NGHTTP2_ENHANCE_YOUR_CALM);
-    touch(s->connection);
+    reset_unread(s);
 }
 
 const char *h2_stream_header(const h2_stream *s, enum h2_header which) { return s->headers[which]; }
@@ -572,6 +581,9 @@ static bool connection_start(struct connection *c) {
     bufferevent_setcb(c->wire, on_readable, on_writable, on_wire_event, c);
     bufferevent_setwatermark(c->wire, EV_WRITE, OUTPUT_BYTES_MAX / 4, 0);
     bufferevent_setwatermark(c->wire, EV_READ, 0, CONNECTION_WINDOW_BYTES);
+    const struct timeval idle = {.tv_sec = (time_t)h->options.idle_seconds,
+                                 .tv_usec = (suseconds_t)(1e6 * fmod(h->options.idle_seconds, 1))};
+    bufferevent_set_timeouts(c->wire, NULL, &idle); /* while something waits to be written */
     return bufferevent_enable(c->wire, EV_READ | EV_WRITE) == 0;
 }
 
@@ -633,10 +645,13 @@ static void on_accept_failed(struct evconnlistener *listener, void *user) {
     h->listener_rests = true;
 }
 
-/* Requests that do not arrive. */
+/* Requests that do not arrive, answers that nobody takes. */
 static void sweep_streams(struct connection *c, double now) {
+    const double idle = c->owner->options.idle_seconds;
     for (h2_stream *s = c->streams; s; s = s->next) {
-        if (s->remote_closed || now - s->opened_at < c->owner->options.idle_seconds) continue;
+        const bool unread = s->ended && !s->reset && !s->answer_complete;
+        if (unread && now - s->moved_at > idle) reset_unread(s);
+        if (s->remote_closed || now - s->opened_at < idle) continue;
         h2_stream_end(s, H2_DEADLINE_EXCEEDED, "the request did not arrive in time");
         stop_upload(s);
     }

@@ -55,7 +55,7 @@ struct exchange {
     bool answered;          /* nothing more will be said; x lives until it is written */
     int status;             /* of the answer */
     struct json_writer out; /* of a stream: gathered bytes, to be sent in one go */
-    uint64_t over_since;    /* the turn in which too much was unsent; 0: it is not */
+    struct service_pace pace;
     struct exchange *next, *prev;
     /* The client has gone, before an answer; the exchange is freed after this. May be NULL. */
     void (*on_gone)(struct exchange *x);

@@ -26,7 +26,6 @@ struct http {
     bool resting; /* the listener is disabled */
     struct event *sweep, *on_fresh;
     struct exchange *exchanges; /* not completely written yet */
-    uint64_t turn;              /* of the loop: news of the engine so far */
     struct exchange *gathering; /* its `out` holds bytes; NULL: nobody's does */
 };
 

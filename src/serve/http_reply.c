@@ -156,36 +156,15 @@ static void send_gathered(struct exchange *x) {
 
 void http_flush(void *state) {
     struct http *h = state;
-    h->turn++;
     if (h->gathering) send_gathered(h->gathering);
 }
 
-/* More is unsent than --stream-buffer. The loop may not have come round for a while (a burst, a busy
- * machine): the reader is only slow if its socket still refuses. Only libevent can write to TLS, so
- * there a whole turn of the loop must have passed. */
-static bool is_slow(struct exchange *x) {
-    const size_t limit = (size_t)x->site->params->stream_buffer;
-    struct evbuffer *waiting = bufferevent_get_output(wire_of(x));
-    if (evbuffer_get_length(waiting) > limit && !x->http->tls) {
-        evbuffer_unfreeze(waiting, 1); /* frozen so that nobody but libevent writes by accident */
-        evbuffer_write(waiting, bufferevent_getfd(wire_of(x)));
-        evbuffer_freeze(waiting, 1);
-        return evbuffer_get_length(waiting) > limit;
-    }
-    if (evbuffer_get_length(waiting) <= limit) {
-        x->over_since = 0;
-        return false;
-    }
-    if (x->over_since == 0) x->over_since = x->http->turn + 1;
-    return x->http->turn > x->over_since;
-}
-
-/* What was left unsent before this event counts: one event may be larger than the limit. */
 bool http_stream_data(struct exchange *x, const void *bytes, size_t n) {
     struct exchange *other = x->http->gathering;
     if (other && other != x) send_gathered(other);
     if (x->out.n > GATHER_BYTES) send_gathered(x);
-    if (is_slow(x)) return false;
+    const size_t unsent = evbuffer_get_length(bufferevent_get_output(wire_of(x)));
+    if (service_too_slow(x->site->service, &x->pace, unsent)) return false;
     gather(x, "data: ", bytes, n);
     x->http->gathering = x;
     return !x->out.failed;

@@ -147,6 +147,21 @@ const char *service_fingerprint(const service *s) {
 
 const char *service_model_name(const service *s) { return s->facts ? s->facts->model_name : ""; }
 
+/* ---- readers ---- */
+
+#define PATIENCE_SECONDS 0.25
+enum { OVER_BYTES_MAX = 2 * UP_BYTES }; /* above --stream-buffer: then there is no patience */
+
+bool service_too_slow(const service *s, struct service_pace *pace, size_t unsent) {
+    const size_t limit = (size_t)s->params->stream_buffer;
+    if (unsent <= limit) {
+        pace->over_since = 0;
+        return false;
+    }
+    if (pace->over_since == 0) pace->over_since = s->turning;
+    return unsent > limit + OVER_BYTES_MAX || s->turning - pace->over_since > PATIENCE_SECONDS;
+}
+
 /* ---- ids ---- */
 
 void service_random_hex(char out[33]) {

@@ -116,6 +116,16 @@ struct call_options {
  * is found out only when the template of a chat has been rendered comes as its end. */
 call *service_call(service *s, const struct call_options *options, struct refused *why);
 
+/* How far behind a stream's reader is. Zero at first. */
+struct service_pace {
+    double over_since; /* in the loop's own time; 0: it is not behind */
+};
+/* The rule for slow readers of all protocols (serving.md §6), asked before each event: true when more
+ * than --stream-buffer was left unsent before it, and has been while the loop had PATIENCE_SECONDS to
+ * get rid of it. A loop that did not come round for a while (a burst of the engine, a busy machine) and
+ * a peer that must first open its window make nobody slow; what may wait meanwhile has a limit too. */
+bool service_too_slow(const service *s, struct service_pace *pace, size_t unsent);
+
 enum call_gone { CALL_DISCONNECTED, CALL_SLOW_READER };
 /* The client is gone. Steps stop within two; pages are free then. */
 void call_cancel(call *c, enum call_gone reason);

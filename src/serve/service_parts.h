@@ -75,7 +75,8 @@ struct service {
     int call_count, sequence_count, sequences_max, running_max;
     int64_t waiting_tokens;
     bool aborted_any;
-    struct ticket *tickets; /* [ticket_max] */
+    double turning, read_at; /* the loop's own time, and when it was looked at last */
+    struct ticket *tickets;  /* [ticket_max] */
     int ticket_max, first_free;
     uint32_t serial;
     int phase_counts[CHOICE_DONE];

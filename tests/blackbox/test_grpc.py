@@ -351,6 +351,25 @@ def check_200_streams(server, stubs, inference):
     assert idle(server)
 
 
+@pytest.mark.parametrize("protocol", ["grpc", "http"])
+def test_a_reader_that_keeps_up_is_not_slow(stubs, protocol):
+    """Each step makes many times --stream-buffer at once, more than a window of HTTP/2 takes: who reads it gets all."""
+    fields = {"seed": 1, "n": 24, "max_tokens": 20, "ignore_eos": True, "stream": True, "logprobs": True, "top_logprobs": 20}
+    thinking = {"return_trace": 64, "top_k": 0, "top_p": 1.0, "max_topk": 64, "temperature": 2.0}
+    with Server("--stream-buffer", "4096", "--max-num-seqs", "24") as server:
+        if protocol == "grpc":
+            trace = stubs.sfumato.SoftThinking(cold_stop=stubs.sfumato.ColdStop(off=True), **thinking)
+            with grpc.insecure_channel(server.grpc, options=(("grpc.http2.bdp_probe", 0),)) as channel:
+                events = stubs.sfumato_grpc.InferenceStub(channel).Chat(question(stubs, "count", soft_thinking=trace, **fields))
+                assert [len(ids) for ids, *_ in joined(events).values()] == [20] * 24
+        else:
+            body = {"messages": [{"role": "user", "content": "count"}], **fields, "soft_thinking": {"cold_stop": False, **thinking}}
+            events = server.stream("/v1/chat/completions", body)
+            assert events[-1] == "[DONE]"
+            assert sum(len(c["sfumato"].get("trace", [])) for e in events[:-1] for c in e["choices"] if "sfumato" in c) == 24 * 20
+        assert server.metrics()["sfumato:slow_reader_cancels_total"] == 0
+
+
 # ---- vllm.grpc.engine ----
 
 
