@@ -26,12 +26,12 @@ struct renderer {
     struct event *on_finished;
     int fd; /* an eventfd: something has finished */
     int count, max;
-    chat *chat; /* of the jobs */
     bool started;
     thrd_t thread;
     mtx_t lock; /* of all below */
     cnd_t more;
     struct list waiting, finished;
+    render *running;
     bool leaving;
 };
 
@@ -85,11 +85,13 @@ static int work(void *user) {
     for (;;) {
         while (!r->waiting.first && !r->leaving) cnd_wait(&r->more, &r->lock);
         if (r->leaving) break;
-        render *job = take(&r->waiting);
+        render *job = r->running = take(&r->waiting);
+        chat_expect(job->template.chat);
         mtx_unlock(&r->lock);
         if (body_render(&job->template, &job->text, &job->n) != STATUS_OK)
             job->fault = *fail_last();
         mtx_lock(&r->lock);
+        r->running = NULL;
         append(&r->finished, job);
         (void)!write(r->fd, &one, sizeof one);
     }
@@ -136,7 +138,6 @@ enum status render_start(renderer *r, struct body_template *t, render_done *done
     *job = (render){.owner = r, .template = *t, .done = done, .user = user};
     *t = (struct body_template){0};
     r->count++;
-    r->chat = job->template.chat;
     mtx_lock(&r->lock);
     append(&r->waiting, job);
     cnd_signal(&r->more);
@@ -150,6 +151,7 @@ void render_cancel(render *job) {
     mtx_lock(&r->lock);
     const bool waited = drop(&r->waiting, job);
     job->cancelled = true; /* else it runs or has finished: on_finished frees it */
+    if (r->running == job) chat_abandon(job->template.chat);
     mtx_unlock(&r->lock);
     if (waited) render_free(job);
 }
@@ -179,9 +181,9 @@ void renderer_free(renderer *r) {
     if (r->started) {
         mtx_lock(&r->lock);
         r->leaving = true;
+        if (r->running) chat_abandon(r->running->template.chat);
         cnd_signal(&r->more);
         mtx_unlock(&r->lock);
-        chat_interrupt(r->chat);
         thrd_join(r->thread, NULL);
     }
     while ((job = take(&r->waiting)) != NULL || (job = take(&r->finished)) != NULL) {

@@ -4,7 +4,8 @@
  *
  * A template is a program of somebody else's: a slow one must not hold up streams, probes and other
  * requests. So one thread renders, in the order of arrival, because there is one helper process;
- * whoever waits is parked and may leave. Owns: the queue (bounded), the thread. Refuses to know:
+ * whoever waits is parked and may leave: a job that waits is dropped then, the one that runs is stopped,
+ * so that clients who come and go leave no work behind. Owns: the queue (bounded), the thread. Refuses to know:
  * what the text is for. Threads: all functions belong to the loop's thread. Memory: malloc per job.
  */
 #ifndef SFUMATO_SERVE_RENDER_H

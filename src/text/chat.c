@@ -101,8 +101,12 @@ void chat_close(chat *c) {
     free(c);
 }
 
-void chat_interrupt(chat *c) {
-    if (c->helper != NULL) chat_helper_interrupt(c->helper);
+void chat_abandon(chat *c) {
+    if (c->helper != NULL) chat_helper_abandon(c->helper);
+}
+
+void chat_expect(chat *c) {
+    if (c->helper != NULL) chat_helper_expect(c->helper);
 }
 
 static enum status render_by_helper(chat *c, json_t *messages, bool add_generation_prompt,

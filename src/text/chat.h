@@ -3,7 +3,7 @@
  * Exact Jinja runs in a helper process of rank 0 (python3 + jinja2, sandboxed, with limits and a
  * deadline per render); chatml, llama3 and deepseek-r1 are built in for machines without Python.
  * Templates are hostile input. Start the helper before MPI_Init (chat_helper_start). One thread at a
- * time; chat_interrupt may come from another.
+ * time; chat_abandon and chat_expect may come from another.
  */
 #ifndef SFUMATO_TEXT_CHAT_H
 #define SFUMATO_TEXT_CHAT_H
@@ -37,7 +37,9 @@ enum status chat_render(chat *c, const char *messages_json, bool add_generation_
                         bool continue_final_message, const char *kwargs_json, char **prompt,
                         size_t *n);
 
-/* For good: what is being rendered by the helper, and whatever comes later, fails at once. */
-void chat_interrupt(chat *c);
+/* Nobody waits for what the helper renders: it is stopped after a moment, and so is all that comes later,
+ * until chat_expect. */
+void chat_abandon(chat *c);
+void chat_expect(chat *c);
 
 #endif

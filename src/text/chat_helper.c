@@ -4,8 +4,9 @@
  *
  * A template is a program from a model file: it may loop, grow or try to escape. So it runs in a
  * process of its own, in Python's jinja2 sandbox, under resource limits, with a deadline for every
- * answer; past it the process is killed and the next request starts a new one. It inherits no
- * descriptor but the socket, and a thread of it watches that: when we die in whatever way, it ends
+ * answer; past it the process is killed and the next request starts a new one. Starting takes longer than
+ * most renders: one that nobody waits for any more has a moment left before it is killed too. The
+ * process inherits no descriptor but the socket, and a thread of it watches that: when we die in whatever way, it ends
  * at once, even in the middle of a render. A socket, not pipes, because writing to a dead pipe
  * would raise SIGPIPE. One thread at a time.
  */
@@ -33,6 +34,7 @@
 
 enum {
     START_SECONDS = 30, /* importing jinja2 from a cold disk on a busy machine */
+    ABANDONED_MS = 100,
     MEMORY_MIB = 512,
     ANSWER_BYTES_MAX = 192 << 20, /* escaped JSON of a prompt at its limit */
 };
@@ -40,7 +42,7 @@ enum {
 struct chat_helper {
     pid_t pid; /* 0: not running */
     int fd;
-    int stop_fd; /* an eventfd: readable once interrupted */
+    int abandoned_fd; /* an eventfd: readable when nobody waits */
 };
 
 static long long now_ms(void) {
@@ -94,26 +96,39 @@ static int spawn_python(const char *python, pid_t *pid, int child_fd) {
 
 /* --- lines in and out, before a deadline ----------------------------------------------------- */
 
-/* False: time is up, we are interrupted, or the socket failed. */
-static bool wait_for(const chat_helper *h, short events, long long deadline_ms) {
+struct deadline {
+    long long ms;
+    bool abandoned; /* ms is sooner than it was */
+};
+
+static struct deadline deadline_in(int seconds) {
+    return (struct deadline){.ms = now_ms() + seconds * 1000LL};
+}
+
+/* False: time is up, or the socket failed. */
+static bool wait_for(const chat_helper *h, short events, struct deadline *d) {
     for (;;) {
-        const long long left = deadline_ms - now_ms();
-        if (left <= 0) return false;
-        struct pollfd p[] = {{.fd = h->fd, .events = events}, {.fd = h->stop_fd, .events = POLLIN}};
-        const int rc = poll(p, 2, (int)left);
-        if (rc > 0) return p[1].revents == 0; /* hang-up too: the read or write will tell */
+        const long long now = now_ms();
+        if (now >= d->ms) return false;
+        struct pollfd p[] = {{.fd = h->fd, .events = events},
+                             {.fd = d->abandoned ? -1 : h->abandoned_fd, .events = POLLIN}};
+        const int rc = poll(p, 2, (int)(d->ms - now));
         if (rc < 0 && errno != EINTR) return false;
+        if (rc <= 0) continue;
+        if (p[0].revents) return true; /* hang-up too: the read or write will tell */
+        d->abandoned = true;
+        if (now_ms() + ABANDONED_MS < d->ms) d->ms = now_ms() + ABANDONED_MS;
     }
 }
 
-static bool put_line(const chat_helper *h, const char *bytes, size_t n, long long deadline_ms) {
+static bool put_line(const chat_helper *h, const char *bytes, size_t n, struct deadline *d) {
     while (n > 0) {
         const ssize_t sent = send(h->fd, bytes, n, MSG_NOSIGNAL | MSG_DONTWAIT);
         if (sent > 0) {
             bytes += sent;
             n -= (size_t)sent;
         } else if (sent < 0 && (errno == EAGAIN || errno == EINTR)) {
-            if (!wait_for(h, POLLOUT, deadline_ms)) return false;
+            if (!wait_for(h, POLLOUT, d)) return false;
         } else {
             return false;
         }
@@ -122,10 +137,10 @@ static bool put_line(const chat_helper *h, const char *bytes, size_t n, long lon
 }
 
 /* Reads up to and with the newline; the protocol has nothing behind it. */
-static bool get_line(const chat_helper *h, struct text_buffer *line, long long deadline_ms) {
+static bool get_line(const chat_helper *h, struct text_buffer *line, struct deadline *d) {
     for (;;) {
         if (line->n > ANSWER_BYTES_MAX || text_reserve(line, 65536) != STATUS_OK) return false;
-        if (!wait_for(h, POLLIN, deadline_ms)) return false;
+        if (!wait_for(h, POLLIN, d)) return false;
         const ssize_t got = recv(h->fd, line->bytes + line->n, 65536, MSG_DONTWAIT);
         if (got == 0) return false;
         if (got < 0 && errno != EAGAIN && errno != EINTR) return false;
@@ -147,7 +162,8 @@ static bool helper_spawn_as(chat_helper *h, const char *python) {
     h->fd = ends[0];
     h->pid = rc == 0 ? pid : 0;
     struct text_buffer line = {0};
-    const bool ready = rc == 0 && get_line(h, &line, now_ms() + START_SECONDS * 1000LL);
+    struct deadline deadline = deadline_in(START_SECONDS);
+    const bool ready = rc == 0 && get_line(h, &line, &deadline);
     if (ready)
         log_debug("chat templates: helper process %d, %.*s", (int)h->pid, (int)line.n - 1,
                   line.bytes);
@@ -178,8 +194,8 @@ enum status chat_helper_start(chat_helper **out) {
     chat_helper *h = calloc(1, sizeof *h);
     if (h == NULL) return fail(STATUS_MEMORY, "no memory for the chat template helper");
     h->fd = -1;
-    h->stop_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
-    if (h->stop_fd < 0) {
+    h->abandoned_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+    if (h->abandoned_fd < 0) {
         free(h);
         return fail(STATUS_MEMORY, "no file descriptor for the chat template helper");
     }
@@ -192,15 +208,20 @@ enum status chat_helper_start(chat_helper **out) {
     return STATUS_OK;
 }
 
-void chat_helper_interrupt(chat_helper *h) {
+void chat_helper_abandon(chat_helper *h) {
     const uint64_t one = 1;
-    (void)!write(h->stop_fd, &one, sizeof one);
+    (void)!write(h->abandoned_fd, &one, sizeof one);
+}
+
+void chat_helper_expect(chat_helper *h) {
+    uint64_t count;
+    (void)!read(h->abandoned_fd, &count, sizeof count);
 }
 
 void chat_helper_stop(chat_helper *h) {
     if (h == NULL) return;
     helper_kill(h);
-    close(h->stop_fd);
+    close(h->abandoned_fd);
     free(h);
 }
 
@@ -216,9 +237,9 @@ enum status chat_helper_ask(chat_helper *h, const json_t *request, json_t **answ
     if (text == NULL) return fail(STATUS_MEMORY, "no memory to render a chat template");
     const size_t n = strlen(text);
     text[n] = '\n'; /* in the terminator's place: the length is known */
-    const long long deadline_ms = now_ms() + CHAT_RENDER_SECONDS * 1000LL;
-    if (!put_line(h, text, n + 1, deadline_ms) || !get_line(h, &line, deadline_ms)) {
-        const bool late = now_ms() >= deadline_ms;
+    struct deadline deadline = deadline_in(CHAT_RENDER_SECONDS);
+    if (!put_line(h, text, n + 1, &deadline) || !get_line(h, &line, &deadline)) {
+        const bool late = now_ms() >= deadline.ms;
         helper_kill(h);
         status = late ? fail(STATUS_REQUEST, "the chat template took more than %d seconds",
                              CHAT_RENDER_SECONDS)

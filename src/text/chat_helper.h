@@ -11,7 +11,8 @@
  * slow or dies is replaced by a new one at the next request. STATUS_REQUEST when this render was
  * too much for it, STATUS_MODEL when it cannot be started again. */
 enum status chat_helper_ask(chat_helper *helper, const json_t *request, json_t **answer);
-/* Any thread: requests fail at once from here on, the one under way too. */
-void chat_helper_interrupt(chat_helper *helper);
+/* Any thread: see chat_abandon, chat_expect. */
+void chat_helper_abandon(chat_helper *helper);
+void chat_helper_expect(chat_helper *helper);
 
 #endif

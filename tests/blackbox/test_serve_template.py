@@ -87,6 +87,28 @@ def test_cancel_and_deadline_while_parked(server):
     assert server.chat("Hi", max_tokens=1)["choices"]
 
 
+def test_R9_a_render_ends_with_its_client(server):
+    """Whoever leaves while its template runs takes the work along: five of them would hold up others for 25 s."""
+    endless = chat("Hi", max_tokens=1, chat_template_kwargs=ENDLESS)
+    begin = time.monotonic()
+    for path in ["/v1/chat/completions", "/tokenize", "/apply-template", None, "/v1/chat/completions"]:
+        if path:
+            client = server.connect()
+            client.request("POST", path, json.dumps(endless), {"Content-Type": "application/json"})
+            time.sleep(0.3)  # it runs: nobody else is there
+            crowd = [server.connect() for _ in range(30)]  # these come and go before their turn
+            for c in crowd:
+                c.request("POST", path, json.dumps(endless), {"Content-Type": "application/json"})
+            for c in [client, *crowd]:
+                c.close()
+        else:
+            status, answer = server.post("/v1/chat/completions", {**endless, "timeout_s": 0.3})
+            assert (status, answer["error"]["code"]) == (504, "timeout")
+        assert server.chat("Hi", max_tokens=1)["choices"]
+    assert time.monotonic() - begin < 15
+    server.settle()
+
+
 def test_parked_requests_are_counted(server):
     """The queue is bounded: 32 + 16 sequences, parked ones included; nothing is lost, order is kept."""
     slow = Background(server.post, "/v1/chat/completions", chat("Hi", max_tokens=1, chat_template_kwargs={"slow": 10}))
