@@ -10,6 +10,7 @@
 #include <unistd.h>
 
 #include "base/fault.h"
+#include "base/free_memory.h"
 #include "base/log.h"
 #include "cmd/watch.h"
 
@@ -413,7 +414,7 @@ static void log_ranks(struct host *h) {
                            .kv_bytes = (int64_t)h->backend->kv_bytes,
                            .scratch_bytes = (int64_t)h->backend->scratch_bytes,
                            .resident_bytes = host_peak_bytes(),
-                           .free_bytes = host_free_bytes()};
+                           .free_bytes = free_memory(1)};
     if (gethostname(row.name, sizeof row.name - 1) != 0) snprintf(row.name, sizeof row.name, "?");
     const struct rank_row *all = comm_gather(h->comm, &row, sizeof row);
     for (int r = 0; all && r < h->ranks; r++) {

@@ -89,8 +89,6 @@ enum status host_new_backend(const struct host *h, backend **out);
 enum status host_open_tokenizer(struct host *h);
 /* host_memory.c: max_model_len and page_count from the memory there is. Collective. */
 enum status host_plan_memory(struct host *h);
-/* Bytes this host can still give, cgroup limits included. */
-int64_t host_free_bytes(void);
 int64_t host_peak_bytes(void); /* of this process: peak resident size */
 
 #endif

@@ -9,9 +9,9 @@
  */
 #include <stdio.h>
 #include <stdlib.h>
-#include <string.h>
 #include <sys/resource.h>
 
+#include "base/free_memory.h"
 #include "base/log.h"
 #include "cmd/host.h"
 #include "kv/pages.h"
@@ -20,35 +20,6 @@
 /* A GPU serves nothing else: nearly all of it, after what kernels and the driver need. */
 #define KV_SHARE_DEVICE 0.95
 enum { DEVICE_RESERVE_BYTES = 1 << 30 };
-
-static int64_t read_number(const char *path, const char *after) {
-    char line[256];
-    long long value = -1;
-    FILE *file = fopen(path, "re");
-    if (!file) return -1;
-    while (fgets(line, sizeof line, file)) {
-        if (*after && strncmp(line, after, strlen(after)) != 0) continue;
-        if (sscanf(line + strlen(after), "%lld", &value) != 1) value = -1;
-        break;
-    }
-    fclose(file);
-    return value;
-}
-
-int64_t host_free_bytes(void) {
-    int64_t available = read_number("/proc/meminfo", "MemAvailable:");
-    available = available < 0 ? INT64_MAX : available * 1024;
-    const int64_t limit = read_number("/sys/fs/cgroup/memory.max", ""); /* -1 for "max" */
-    const int64_t used = read_number("/sys/fs/cgroup/memory.current", "");
-    if (limit > 0 && used >= 0 && limit - used < available) available = limit - used;
-    struct rlimit rlimit; /* ulimit -v: of address space, part of which is taken */
-    if (getrlimit(RLIMIT_AS, &rlimit) == 0 && rlimit.rlim_cur != RLIM_INFINITY) {
-        const int64_t taken = read_number("/proc/self/status", "VmSize:") * 1024;
-        if ((int64_t)rlimit.rlim_cur - taken < available)
-            available = (int64_t)rlimit.rlim_cur - taken;
-    }
-    return available > 0 ? available : 0;
-}
 
 int64_t host_peak_bytes(void) {
     struct rusage usage;
@@ -85,7 +56,7 @@ static enum status own_pages(struct host *h, int64_t *pages, int64_t *available)
     const int local = comm_local_size(h->comm);
     TRY(model_need(&h->source->config, &h->model_options, h->shard_ranks, h->shard_rank, &h->need));
     const struct backend_ops *ops = h->backend->ops;
-    *available = ops->free_bytes ? ops->free_bytes(h->backend) : host_free_bytes() / local;
+    *available = ops->free_bytes ? ops->free_bytes(h->backend) : free_memory(local);
     const int64_t fixed = fixed_bytes(h);
     const int64_t page = h->need.kv_bytes_per_page > 0 ? h->need.kv_bytes_per_page : 1;
     if (fixed + page > *available) return no_room(fixed + page, *available, 0);

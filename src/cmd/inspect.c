@@ -6,6 +6,7 @@
 #include <stdio.h>
 #include <string.h>
 
+#include "base/free_memory.h"
 #include "base/json.h"
 #include "cmd/commands.h"
 #include "kv/pages.h"
@@ -112,7 +113,7 @@ static enum status count_needs(struct host *h, int ranks, struct rank_needs *out
     config_shard_dims(c, &dims);
     out->ranks = ranks;
     out->tokens_fit = INT64_MAX;
-    const int64_t free_each = host_free_bytes() / ranks;
+    const int64_t free_each = free_memory(ranks);
     for (int r = 0; r < ranks; r++) {
         TRY(model_need(c, &h->model_options, ranks, r, &out->need[r]));
         shard_map_init(&out->map[r], &dims, h->model_options.slabs, ranks, r);
@@ -163,7 +164,7 @@ static void print_text(const struct host *h, const struct rank_needs *n, const c
                progress_bytes((double)n->need[r].scratch_bytes, d));
     }
     printf("\ntokens that fit   %lld (%s free on this host, all %d rank%s on it)\n",
-           (long long)n->tokens_fit, progress_bytes((double)host_free_bytes(), e), n->ranks,
+           (long long)n->tokens_fit, progress_bytes((double)free_memory(1), e), n->ranks,
            n->ranks == 1 ? "" : "s");
 }
 
