@@ -159,6 +159,9 @@ struct backend_ops {
     /* run(context, thread) once on each of the backend's host_threads threads. */
     void (*host_run)(backend *b, void (*run)(void *context, int thread), void *context);
     enum status (*kv_new)(backend *b, const struct kv_spec *spec);
+    /* Takes the memory of that part of the KV pages from the system, which otherwise is asked for it
+     * when a page is first used. NULL: kv_new has it. */
+    enum status (*kv_take)(backend *b, int part, int parts);
 
     /* A step begins: copies the batch to the device. The verbs of the step get the same batch.
      * NULL: they read the host's. */

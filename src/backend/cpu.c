@@ -213,6 +213,7 @@ static const struct backend_ops cpu_ops = {
     .matrix_load = cpu_matrix_load,
     .host_run = cpu_host_run,
     .kv_new = cpu_kv_new,
+    .kv_take = cpu_kv_take,
     .embed_mix = cpu_embed_mix,
     .add_norm = cpu_add_norm,
     .add_norm_rows = cpu_add_norm_rows,

@@ -74,6 +74,7 @@ void cpu_product_split(struct cpu *cpu, int rows, const matrix *w, const void *h
                        float *a, float *b);
 
 enum status cpu_kv_new(backend *b, const struct kv_spec *spec);
+enum status cpu_kv_take(backend *b, int part, int parts);
 void cpu_qkv(backend *b, const struct batch *batch, const struct attention_spec *spec,
              const void *h, float *q);
 void cpu_attention(backend *b, const struct batch *batch, const struct attention_spec *spec,

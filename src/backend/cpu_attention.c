@@ -13,9 +13,11 @@
  * out in windows instead; the joins happen in the same order, so the bits are the same. Positions
  * beyond a row's own are never read as numbers: pages may hold anything there.
  */
+#include <errno.h>
 #include <math.h>
 #include <stdatomic.h>
 #include <string.h>
+#include <sys/mman.h>
 
 #include "backend/cpu.h"
 
@@ -68,6 +70,45 @@ enum status cpu_kv_new(backend *b, const struct kv_spec *spec) {
     kv->partial_blocks = WINDOW_BLOCKS * b->threads;
     kv->partial = cpu_scratch(cpu, sizeof(float) * (size_t)kv->partial_blocks * triple_floats(kv));
     return kv->raw && kv->thread_scratch && kv->partial ? STATUS_OK : STATUS_MEMORY;
+}
+
+struct take_job {
+    unsigned char *begin;
+    int64_t bytes;
+    int threads;
+    _Atomic bool refused;
+};
+
+/* Each thread its range, so that the pages of a host spread over the memory of its threads. The ends are
+ * rounded out to whole pages: what lies there belongs to the backend too and keeps its bytes. */
+static void take_task(void *context, int thread) {
+    enum { PAGE_BYTES = 4096 };
+    struct take_job *job = context;
+    unsigned char *at = job->begin + cpu_range_begin(job->bytes, thread, job->threads);
+    unsigned char *end = job->begin + cpu_range_begin(job->bytes, thread + 1, job->threads);
+    at -= (uintptr_t)at % PAGE_BYTES;
+    end += (PAGE_BYTES - (uintptr_t)end % PAGE_BYTES) % PAGE_BYTES;
+    if (at >= end || madvise(at, (size_t)(end - at), MADV_POPULATE_WRITE) == 0) return;
+    if (errno == EINVAL) { /* Linux before 5.14: writes that change nothing */
+        for (; at < end; at += PAGE_BYTES) __atomic_fetch_or(at, 0, __ATOMIC_RELAXED);
+    } else {
+        atomic_store(&job->refused, true);
+    }
+}
+
+enum status cpu_kv_take(backend *b, int part, int parts) {
+    struct cpu *cpu = cpu_of(b);
+    const int64_t all = (int64_t)b->kv_bytes;
+    const int64_t begin = cpu_range_begin(all, part, parts);
+    struct take_job job = {.begin = cpu->kv.data + begin,
+                           .bytes = cpu_range_begin(all, part + 1, parts) - begin,
+                           .threads = b->threads};
+    cpu_pool_run(cpu->pool, take_task, &job);
+    if (!atomic_load(&job.refused)) return STATUS_OK;
+    return fail(STATUS_MEMORY,
+                "KV cache: the system gives no more than about %lld of %lld MiB: lower --kv-memory, "
+                "--max-num-seqs or --max-model-len",
+                (long long)begin >> 20, (long long)all >> 20);
 }
 
 /* ---- qkv ---- */

@@ -452,7 +452,9 @@ enum status host_open_model(struct host *h) {
     const enum status connected = setup_comm(h);
     TRY(comm_agree(h->comm, connected));
     TRY(host_phase(h, preflight(h), "communication", comm_path_name(h->comm)));
-    TRY(host_phase(h, model_kv_new(h->model, h->engine_options.page_count), "KV cache", NULL));
+    TRY(comm_agree(h->comm, model_kv_new(h->model, h->engine_options.page_count)));
+    if (h->command == PARAMS_SERVE) TRY(host_take_pages(h));
+    host_phase_alone(h, "KV cache", NULL);
     log_ranks(h);
     const double tokens = 64.0 * h->engine_options.page_count;
     log_info("KV cache size: %.0f tokens", tokens);

@@ -89,6 +89,8 @@ enum status host_new_backend(const struct host *h, backend **out);
 enum status host_open_tokenizer(struct host *h);
 /* host_memory.c: max_model_len and page_count from the memory there is. Collective. */
 enum status host_plan_memory(struct host *h);
+/* All of the KV cache, for good. Collective. */
+enum status host_take_pages(struct host *h);
 int64_t host_peak_bytes(void); /* of this process: peak resident size */
 
 #endif

@@ -5,7 +5,8 @@
  * --kv-memory fixes the pages. Otherwise: what --max-num-seqs sequences of --max-model-len need, but no more
  * than KV_SHARE of what is left after the weights. A model length that was not asked for is cut to what fits;
  * one that was asked for and does not fit ends start-up (status 4) with a length that would. All ranks
- * end up with the same numbers: the smallest of each.
+ * end up with the same numbers: the smallest of each. A service takes the pages it has planned before it is
+ * ready (host_take_pages); a batch of `generate` takes what it uses.
  */
 #include <stdio.h>
 #include <stdlib.h>
@@ -28,12 +29,20 @@ int64_t host_peak_bytes(void) {
 
 static int64_t pages_of(int64_t tokens) { return (tokens + KV_PAGE_TOKENS - 1) / KV_PAGE_TOKENS; }
 
-static enum status no_room(int64_t needed, int64_t available, int64_t tokens) {
-    char want[32], have[32], advice[96];
-    if (tokens >= KV_PAGE_TOKENS) {
-        snprintf(advice, sizeof advice, "--max-model-len %lld would fit", (long long)tokens);
-    } else {
+/* pages: KV pages that would fit. */
+static enum status no_room(const struct host *h, int64_t needed, int64_t available, int64_t pages) {
+    char want[32], have[32], advice[128];
+    const long long bytes = pages * h->need.kv_bytes_per_page, tokens = pages * KV_PAGE_TOKENS;
+    const bool whole = tokens >= h->engine_options.max_model_len; /* a sequence of any length */
+    if (pages < 1) {
         snprintf(advice, sizeof advice, "free memory, use more hosts, or a smaller model");
+    } else if (whole) {
+        snprintf(advice, sizeof advice, "--kv-memory %lld would fit", bytes);
+    } else if (h->params.kv_memory > 0) {
+        snprintf(advice, sizeof advice, "--max-model-len %lld with --kv-memory %lld would fit",
+                 tokens, bytes);
+    } else {
+        snprintf(advice, sizeof advice, "--max-model-len %lld would fit", tokens);
     }
     return fail(STATUS_MEMORY, "a rank needs %s, %s are free: %s",
                 progress_bytes((double)needed, want), progress_bytes((double)available, have),
@@ -59,13 +68,40 @@ static enum status own_pages(struct host *h, int64_t *pages, int64_t *available)
     *available = ops->free_bytes ? ops->free_bytes(h->backend) : free_memory(local);
     const int64_t fixed = fixed_bytes(h);
     const int64_t page = h->need.kv_bytes_per_page > 0 ? h->need.kv_bytes_per_page : 1;
-    if (fixed + page > *available) return no_room(fixed + page, *available, 0);
+    if (fixed + page > *available) return no_room(h, fixed + page, *available, 0);
     const int64_t left = *available - fixed;
     *pages = h->params.kv_memory > 0 ? h->params.kv_memory / page
                                      : (int64_t)(kv_share(h) * (double)left) / page;
     if (h->params.kv_memory > left)
-        return no_room(fixed + h->params.kv_memory, *available, left / page * 64);
+        return no_room(h, fixed + h->params.kv_memory, *available, left / page);
     return STATUS_OK;
+}
+
+/* left: bytes of the KV cache that are still to be taken; and scratch, which the first steps use. */
+static enum status look_for_room(const struct host *h, int64_t left, int sharers) {
+    const int64_t available = free_memory(sharers), scratch = h->need.scratch_bytes;
+    if (left + scratch <= available) return STATUS_OK;
+    const int64_t room = available - scratch + (int64_t)h->backend->kv_bytes - left;
+    return no_room(h, left + scratch, available, room > 0 ? room / h->need.kv_bytes_per_page : 0);
+}
+
+/* Looks before each part: once memory is short, the system kills instead of refusing. */
+static enum status take_parts(struct host *h) {
+    enum { PART_BYTES = 1 << 30 };
+    const int64_t all = (int64_t)h->backend->kv_bytes;
+    const int parts = (int)(1 + all / PART_BYTES);
+    for (int p = 0; p < parts; p++) {
+        TRY(look_for_room(h, all - all / parts * p, 1)); /* others may have less left, or more */
+        TRY(h->backend->ops->kv_take(h->backend, p, parts));
+    }
+    return STATUS_OK;
+}
+
+enum status host_take_pages(struct host *h) {
+    if (!h->backend->ops->kv_take) return STATUS_OK;
+    const int64_t all = (int64_t)h->backend->kv_bytes;
+    TRY(comm_agree(h->comm, look_for_room(h, all, comm_local_size(h->comm))));
+    return comm_agree(h->comm, take_parts(h));
 }
 
 enum status host_plan_memory(struct host *h) {
@@ -90,7 +126,7 @@ enum status host_plan_memory(struct host *h) {
         }
         if (h->params.max_model_len > 0 || pages < 1) {
             const double kv = (double)(whole * h->need.kv_bytes_per_page) / kv_share(h);
-            return no_room(fixed_bytes(h) + (int64_t)kv, available, fits);
+            return no_room(h, fixed_bytes(h) + (int64_t)kv, available, pages);
         }
         log_info("the model's %lld positions are cut to %lld, which is what the KV cache holds",
                  (long long)h->engine_options.max_model_len, (long long)fits);

@@ -286,6 +286,79 @@ def test_R7_too_little_memory():
         assert server.complete("Tom has", max_tokens=4, ignore_eos=True)["usage"]["completion_tokens"] == 4
 
 
+def fill(server):
+    """Many long sequences at once: every page of the cache is used."""
+    bodies = [{"prompt": [5 + i] * 700, "max_tokens": 300, "ignore_eos": True} for i in range(40)]
+    with concurrent.futures.ThreadPoolExecutor(40) as pool:
+        answers = list(pool.map(lambda b: server.call("POST", "/v1/completions", b, timeout=120)[0], bodies))
+    assert answers == [200] * 40
+
+
+def test_R7_pages_are_taken_before_ready():
+    """Resident at ready, not when first used; `generate` takes what it uses."""
+    if SANITIZED:
+        pytest.skip("AddressSanitizer keeps memory of its own")
+
+    def resident(pid):
+        with open(f"/proc/{pid}/status") as f:
+            return int(re.search(r"RssAnon:\s+(\d+)", f.read())[1]) * 1024
+
+    with Server("--kv-memory", "96m", "--max-num-seqs", "48") as server:
+        ranks, m = server.ranks(), server.metrics()
+        kv = [m[f'sfumato:memory_bytes{{rank="{r}",kind="kv"}}'] for r in range(2)]
+        before = [resident(pid) for pid in ranks]
+        assert all(b > k > 48e6 for b, k in zip(before, kv)), (before, kv)
+        fill(server)
+        after = [resident(pid) for pid in ranks]
+        assert all(a - b < 12e6 for a, b in zip(after, before)), (before, after)
+    result = launch("generate", "-p", "Tom has", "--max-tokens", "4", "--kv-memory", "400m")
+    assert result.status == 0
+    said = re.search(r"KV cache ([0-9.]+) MB, .*resident ([0-9.]+) MB", result.err.decode())
+    assert float(said[1]) > 390 and float(said[2]) < 100, result.err
+
+
+@pytest.fixture
+def group():
+    """A control group with a limit of memory below our own: its folder and the file of the limit."""
+    with open("/proc/self/cgroup") as f:
+        own = dict(line.rstrip("\n").split(":", 2)[1:] for line in f)
+    for base, path, limit in (("/sys/fs/cgroup/memory", own.get("memory"), "memory.limit_in_bytes"),
+                              ("/sys/fs/cgroup", own.get(""), "memory.max")):
+        folder = f"{base}{path}/sfumato-test-{os.getpid()}"
+        with contextlib.suppress(OSError):
+            os.mkdir(folder)
+            if path and os.path.exists(f"{folder}/{limit}"):
+                break
+            os.rmdir(folder)
+    else:
+        pytest.skip("no control group with a limit of memory can be made here")
+    yield folder, f"{folder}/{limit}"
+    end = time.monotonic() + 10
+    while os.path.exists(folder) and time.monotonic() < end:
+        with contextlib.suppress(OSError):
+            os.rmdir(folder)
+        time.sleep(0.05)
+
+
+def test_R7_a_container_too_small(group):
+    """The limit of a control group is what is free: refused before ready, or cut to what fits and never killed."""
+    if SANITIZED:
+        pytest.skip("AddressSanitizer keeps memory of its own")
+    folder, limit = group
+    with open(limit, "w") as f:
+        f.write(str(100 << 20))
+    enter = ["/bin/bash", "-c", f'echo $$ > {folder}/cgroup.procs; exec "$0" "$@"', str(BINARY)]
+    server = Server("--kv-memory", "200m", ranks=0, wrapper=enter, wait=False)
+    assert server.wait() == 4 and not server.port, server.lines
+    needed, free, fits = re.search(
+        r"a rank needs ([0-9.]+) MB, ([0-9.]+) MB are free: --kv-memory (\d+) would fit", server.text).groups()
+    assert float(needed) > 200 and 10e6 < int(fits) < 1e6 * float(free) < 105e6
+    with Server(ranks=0, wrapper=enter) as server:  # 67 MB of pages would be more than half
+        pages = float(re.search(r"KV cache ([0-9.]+) MB", server.text)[1])
+        assert 5 < pages < 55, server.lines
+        fill(server)
+
+
 def test_R7_kv_memory_for_too_short_a_context():
     result = launch("serve", "--port", "0", "--kv-memory", "1k")
     assert result.status == 4 and not any("serving" in m for m in result.messages), result.err
