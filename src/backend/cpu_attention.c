@@ -105,10 +105,11 @@ enum status cpu_kv_take(backend *b, int part, int parts) {
                            .threads = b->threads};
     cpu_pool_run(cpu->pool, take_task, &job);
     if (!atomic_load(&job.refused)) return STATUS_OK;
-    return fail(STATUS_MEMORY,
-                "KV cache: the system gives no more than about %lld of %lld MiB: lower --kv-memory, "
-                "--max-num-seqs or --max-model-len",
-                (long long)begin >> 20, (long long)all >> 20);
+    return fail(
+        STATUS_MEMORY,
+        "KV cache: the system gives no more than about %lld of %lld MiB: lower --kv-memory, "
+        "--max-num-seqs or --max-model-len",
+        (long long)begin >> 20, (long long)all >> 20);
 }
 
 /* ---- qkv ---- */
