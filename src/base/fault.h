@@ -1,7 +1,8 @@
 /* fault.h: fault points for tests, compiled in, inert unless SFUMATO_FAULT=name:rank:count is set.
  *
  * fault_hit("step-kill") is true on the count-th call with that name on that rank, and only then.
- * The list of names in use is in tests/README.md. Thread: the engine thread (a plain counter).
+ * The list of names in use is in tests/README.md. Thread: a plain counter, so one thread a name; the
+ * environment is read by the main thread, which asks for init-delay before there is another.
  */
 #ifndef SFUMATO_BASE_FAULT_H
 #define SFUMATO_BASE_FAULT_H

@@ -6,6 +6,7 @@
  * numbers where the net thread finds them, and sleeps when there is nothing to do; the other ranks
  * sleep in their wait for a plan. Everything a client sees is in serve/. Thread: engine thread.
  */
+#include <limits.h>
 #include <stdio.h>
 #include <string.h>
 #include <time.h>
@@ -123,6 +124,7 @@ static net *net_to_tell;
 
 static void on_bug(int exit_code) {
     net *n = net_to_tell;
+    /* the net thread's own bugs close connections without a word: service.h */
     if (n && !net_is_this_thread(n)) net_engine_died(n, exit_code, "a bug in the server");
     /* the launcher ends the other ranks; any thread may come here, so not by MPI */
     _exit(exit_code);
@@ -174,7 +176,9 @@ static enum status start_net(struct serving *s) {
     const struct params *p = &s->host->params;
     if (p->positional) return fail(STATUS_USAGE, "%s: unexpected argument", p->positional);
     if (s->host->rank > 0) return STATUS_OK;
-    TRY(net_open(p, s->host->ranks, &s->net));
+    char path[PATH_MAX];
+    TRY(host_find_model(s->host, path)); /* /metrics names the model from the first scrape */
+    TRY(net_open(p, s->host->model_name, s->host->ranks, &s->net));
     s->wires = net_wires(s->net);
     s->metrics = net_metrics(s->net);
     s->wires->page_tokens = KV_PAGE_TOKENS;
@@ -187,18 +191,11 @@ static enum status start_net(struct serving *s) {
     return net_start(s->net);
 }
 
+/* Options that requests depend on: a wrong one ends the job before the weights load. */
 static enum status check_early(struct serving *s) {
     struct host *h = s->host;
     if (h->rank > 0) return STATUS_OK;
-    if (h->params.served_model_name) {
-        const char *at = h->params.served_model_name;
-        size_t n;
-        const char *name = body_next_name(&at, &n);
-        if (!name) return fail(STATUS_USAGE, "--served-model-name: the name is empty");
-        if (n >= sizeof h->model_name) return fail(STATUS_USAGE, "--served-model-name: too long");
-        snprintf(h->model_name, sizeof h->model_name, "%.*s", (int)n, name);
-        h->facts.model_names = h->params.served_model_name;
-    }
+    if (h->params.served_model_name) h->facts.model_names = h->params.served_model_name;
     return body_facts_check(&h->facts);
 }
 

@@ -5,6 +5,7 @@
  */
 #include <string.h>
 
+#include "base/fault.h"
 #include "base/log.h"
 #include "serve/service_parts.h"
 
@@ -153,13 +154,13 @@ static void on_refused(call *c, const struct fault *fault) {
 static void on_ready(service *s, const struct body_facts *facts) {
     s->facts = facts;
     metrics_set_context(s->metrics, facts->max_model_len);
-    metrics_set_model(s->metrics, facts->model_name);
     service_set_state(s, SERVICE_READY);
 }
 
 static void on_message(service *s, const void *bytes, size_t n) {
     static struct think_decision decision; /* 600 bytes, net thread only */
     const struct up_message *m = bytes;
+    ASSERT(!fault_hit("net-bug"));
     if (m->kind == UP_READY) {
         on_ready(s, m->facts);
         return;

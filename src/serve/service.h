@@ -20,6 +20,11 @@
  *   - after call_cancel nothing more comes, not even end, and the call must not be touched again;
  *   - inside any front function call_cancel(own call) is allowed; the function then returns at once;
  *   - all that is passed in is borrowed until the function returns.
+ *
+ * A failed ASSERT of another thread is told to clients as engine_dead. One on this thread is not: what it
+ * would have to walk to tell them is what no longer holds. The process ends at once with status 7 and
+ * without a word on any connection; clients see them close without [DONE] or trailers (a retry is theirs
+ * to make), the launcher ends the other ranks, and the supervisor starts the job again.
  */
 #ifndef SFUMATO_SERVE_SERVICE_H
 #define SFUMATO_SERVE_SERVICE_H

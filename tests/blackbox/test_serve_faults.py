@@ -189,6 +189,69 @@ def test_R11_a_bug_ends_the_job_with_one_message(victim):
         assert len(said) == 1 and f"bug on rank {victim}: " in said[0] and "step.c:" in said[0]
 
 
+@pytest.mark.parametrize("ranks", [2, 0])
+def test_R11_a_bug_of_the_net_thread_closes_connections(ranks):
+    """Nothing can be told to clients then: they see the end of the connection, at once, and no process stays."""
+    grpc = pytest.importorskip("grpc")
+    with contextlib.ExitStack() as after:
+        server = Server("--grpc-port", "0", ranks=ranks, env={"SFUMATO_FAULT": "net-bug:0:300"})
+        after.callback(server.kill)
+        everyone = [*family(server), server.process.pid]
+        reader, whole = Reader(server, LONG), Reader(server, {**LONG, "stream": False})
+        channel = after.enter_context(grpc.insecure_channel(server.grpc))
+        watch = channel.unary_stream("/grpc.health.v1.Health/Watch")(b"")
+        began = time.monotonic()
+        assert server.wait(10 + BUSY) == 7
+        wait_for(lambda: not any(map(alive, everyone)), 5)
+        reader.join(5)
+        whole.join(5)
+        assert time.monotonic() - began < 10 + BUSY
+        assert reader.events() > 5 and reader.error() is None and b"[DONE]" not in reader.bytes
+        assert whole.bytes == b""
+        with pytest.raises(grpc.RpcError) as lost:
+            list(watch)
+        assert lost.value.code() == grpc.StatusCode.UNAVAILABLE
+        said = [line for line in server.lines if "does not hold" in line]
+        assert len(said) == 1 and "bug on rank 0: " in said[0] and "events.c:" in said[0]
+        with pytest.raises(OSError):
+            server.get("/health")
+
+
+def test_R11_livez_once_the_watchdog_has_fired():
+    """200 until then; 503 from then to the end, and never 200 again. A client that does not read holds the end up."""
+    server = Server("--collective-timeout", TIMEOUT, "--stream-buffer", "256M")
+    try:
+        stalled = socket.socket()
+        stalled.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        stalled.connect(("127.0.0.1", server.port))
+        body = {**LONG, "n": 24, "logprobs": 20, "soft_thinking": {"mode": "soft", "return_trace": 64}}
+        text = json.dumps(body).encode()
+        stalled.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+                        b"Content-Length: %d\r\n\r\n" % len(text) + text)
+        wait_for(lambda: server.metric("generation_tokens_total") > 4000)
+        assert server.get("/livez") == (200, {"status": "ok"})
+        os.kill(server.ranks()[1], STOP)
+        seen = {"/livez": [], "/health": [], "/v1/completions": []}
+        with contextlib.suppress(OSError):
+            while True:
+                for path in ("/livez", "/health"):
+                    seen[path].append(server.get(path))
+                if seen["/livez"][-1][0] == 503:
+                    seen["/v1/completions"].append(server.post("/v1/completions", {"prompt": "x", "max_tokens": 1}))
+                time.sleep(0.01)
+        assert server.wait(15 + BUSY) != 0
+        dead = (503, {"status": "dead"})
+        live = seen["/livez"]
+        fired = live.index(dead)
+        assert live[:fired] == [(200, {"status": "ok"})] * fired and fired > 10
+        assert live[fired:] == [dead] * (len(live) - fired)
+        assert seen["/health"][-1] == dead
+        assert {(status, answer["error"]["code"]) for status, answer in seen["/v1/completions"]} == {(503, "engine_dead")}
+        stalled.close()
+    finally:
+        server.kill()
+
+
 def test_preflight_says_what_to_look_at():
     began = time.monotonic()
     server = Server("--collective-timeout", "2", wait=False, env={"SFUMATO_FAULT": "preflight-delay:1:60000"})
