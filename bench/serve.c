@@ -448,7 +448,7 @@ int main(int argc, char **argv) {
     }
     TRY_GOTO(host_join(&host, &command, 10, options), out);
     TRY_GOTO(host_open_text(&host), out);
-    TRY_GOTO(net_open(&host.params, 1, &fake.net), out);
+    TRY_GOTO(net_open(&host.params, host.model_name, 1, &fake.net), out);
     fake.wires = net_wires(fake.net);
     fake.facts = &host.facts;
     TRY_GOTO(net_start(fake.net), out);

@@ -114,25 +114,39 @@ static enum status default_model(char path[PATH_MAX]) {
                 "the embedded model (models/tiny) is not beside this program: pass --model PATH");
 }
 
-static void name_model(struct host *h, const char *path) {
+/* The first name it is served by, else that of its folder or file. */
+static enum status name_model(struct host *h, const char *path) {
     char full[PATH_MAX];
+    if (h->params.served_model_name) {
+        const char *at = h->params.served_model_name;
+        size_t n;
+        const char *name = body_next_name(&at, &n);
+        if (!name) return fail(STATUS_USAGE, "--served-model-name: the name is empty");
+        if (n >= sizeof h->model_name) return fail(STATUS_USAGE, "--served-model-name: too long");
+        snprintf(h->model_name, sizeof h->model_name, "%.*s", (int)n, name);
+        return STATUS_OK;
+    }
     if (!realpath(path, full)) snprintf(full, sizeof full, "%s", path);
     const char *slash = strrchr(full, '/');
     snprintf(h->model_name, sizeof h->model_name, "%.255s", slash && slash[1] ? slash + 1 : full);
     char *dot = strstr(h->model_name, ".gguf");
     if (dot && !dot[5]) *dot = '\0';
+    return STATUS_OK;
+}
+
+enum status host_find_model(struct host *h, char *path) {
+    if (h->params.model) {
+        snprintf(path, PATH_MAX, "%s", h->params.model);
+    } else {
+        TRY(default_model(path));
+    }
+    return name_model(h, path);
 }
 
 static enum status open_source(struct host *h) {
     char path[PATH_MAX];
-    if (h->params.model) {
-        snprintf(path, sizeof path, "%s", h->params.model);
-    } else {
-        TRY(default_model(path));
-    }
-    TRY(source_open(path, &h->source));
-    name_model(h, h->source->path);
-    return STATUS_OK;
+    TRY(host_find_model(h, path));
+    return source_open(path, &h->source);
 }
 
 /* What other ranks must know of rank 0's tokenizer. */

@@ -66,6 +66,8 @@ struct command {
 };
 
 enum status host_join(struct host *h, const struct command *command, int argc, char **argv);
+/* Where the model is, and what it is called (model_name); nothing is opened. */
+enum status host_find_model(struct host *h, char *path); /* [PATH_MAX] */
 enum status host_open_text(struct host *h);
 /* A model whose source is open. With synthetic weights there is no tokenizer. A service has more to
  * do before it is ready and says so itself (host_log_ready). */

@@ -113,10 +113,22 @@ static enum status expand(struct shape *shape, const char *spec, const char *pre
 
 /* ---- life ---- */
 
+static bool is_prefix(const char *text) {
+    static const char letters[] =
+        "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ_:0123456789";
+    return text[strspn(text, letters)] == '\0' && !(*text >= '0' && *text <= '9');
+}
+
 enum status metrics_new(const struct metrics_options *options, struct metrics **out) {
     enum status status = STATUS_OK;
     size_t cells = 0;
     *out = NULL;
+    if (!is_prefix(options->prefix)) {
+        return fail(STATUS_USAGE,
+                    "--metrics-prefix %s: a metric's name has letters, digits, _ and :, and does "
+                    "not begin with a digit",
+                    options->prefix);
+    }
     struct metrics *m = calloc(1, sizeof *m);
     if (!m) return fail(STATUS_MEMORY, "no memory for metrics");
     m->options = *options;
@@ -153,20 +165,9 @@ void metrics_free(struct metrics *m) {
     free(m);
 }
 
-static void replace(char **text, const char *with) {
-    char *copy = strdup(with);
-    if (!copy) return; /* the old text stays: a label, not a result */
-    free(*text);
-    *text = copy;
-}
-
 void metrics_set_info(struct metrics *m, enum metric_id id, const char *labels) {
     char *none = NULL, *copy = strdup(labels);
     if (copy && !atomic_compare_exchange_strong(&m->info[id], &none, copy)) free(copy);
-}
-
-void metrics_set_model(struct metrics *m, const char *model_name) {
-    replace(&m->model_name, model_name);
 }
 
 void metrics_set_context(struct metrics *m, int64_t count) { atomic_store(&m->context, count); }

@@ -48,7 +48,6 @@ void metric_set_total(struct metrics *m, enum metric_id id, int series, uint64_t
 void metrics_set_info(struct metrics *m, enum metric_id id, const char *labels);
 /* Token histograms show buckets up to this. */
 void metrics_set_context(struct metrics *m, int64_t tokens);
-void metrics_set_model(struct metrics *m, const char *model_name);
 
 /* Appends the whole exposition. */
 void metrics_write(const struct metrics *m, struct json_writer *w);

@@ -286,7 +286,7 @@ static enum status open_events(net *n) {
     return STATUS_OK;
 }
 
-enum status net_open(const struct params *params, int ranks, net **out) {
+enum status net_open(const struct params *params, const char *model_name, int ranks, net **out) {
     enum status status;
     *out = NULL;
     net *n = calloc(1, sizeof *n);
@@ -301,7 +301,7 @@ enum status net_open(const struct params *params, int ranks, net **out) {
     n->base = event_base_new();
     if (!n->base) TRY_GOTO(fail(STATUS_MEMORY, "no event loop"), out);
     TRY_GOTO(wires_open(&n->wires, (int)(params->max_num_seqs + params->max_num_queued_reqs)), out);
-    const struct metrics_options options = {.model_name = "",
+    const struct metrics_options options = {.model_name = model_name,
                                             .prefix = params->metrics_prefix,
                                             .handlers = http_handlers(),
                                             .methods = grpc_methods(),

@@ -51,7 +51,8 @@ struct front {
 /* SIGUSR1, SIGTERM, SIGINT, SIGPIPE: on every rank, before MPI_Init. */
 void net_block_signals(void);
 
-enum status net_open(const struct params *params, int ranks, net **out);
+/* model_name: for /metrics, which answers while the model loads. */
+enum status net_open(const struct params *params, const char *model_name, int ranks, net **out);
 enum status net_start(net *n);
 struct wires *net_wires(net *n);
 struct metrics *net_metrics(net *n);
