@@ -130,6 +130,25 @@ bool access_origin_ok(const struct access *a, const char *origin) {
 
 /* ---- life ---- */
 
+/* "https://example.org:8443", without a path: as browsers send it. */
+static enum status check_origins(const char *list) {
+    for (const char *item = list; item && *item;) {
+        item += strspn(item, ", ");
+        const int length = (int)strcspn(item, ", ");
+        const char *name = strstr(item, "://");
+        const bool any = length == 1 && *item == '*';
+        if (length > 0 && !any &&
+            (!name || name + 3 >= item + length ||
+             memchr(name + 3, '/', (size_t)(item + length - name - 3)))) {
+            return fail(STATUS_USAGE,
+                        "--allowed-origins: %.*s is no origin: scheme://host[:port], or *", length,
+                        item);
+        }
+        item += length;
+    }
+    return STATUS_OK;
+}
+
 enum status access_new(const struct params *params, struct access **out) {
     enum status status = STATUS_OK;
     *out = NULL;
@@ -138,6 +157,7 @@ enum status access_new(const struct params *params, struct access **out) {
     a->no_auth = params->no_auth;
     a->origins = params->allowed_origins;
     a->loopback = access_is_loopback(params->host);
+    TRY_GOTO(check_origins(a->origins), out);
     if (params->api_key) {
         TRY_GOTO(add_key(a, params->api_key, strlen(params->api_key)), out);
         if (a->key_count == 0) TRY_GOTO(fail(STATUS_USAGE, "--api-key: the key is empty"), out);

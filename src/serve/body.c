@@ -42,7 +42,9 @@ static enum status refuse_unsupported(const struct body_facts *facts, const json
     }
     for (size_t i = 0; i < sizeof never / sizeof *never; i++) {
         const json_t *value = field_get(root, never[i]);
-        if (value && !json_is_false(value) && !is_word(value, "")) return not_offered(never[i], "");
+        const bool neutral = !value || json_is_false(value) || is_word(value, "") ||
+                             (json_is_array(value) && json_array_size(value) == 0);
+        if (!neutral) return not_offered(never[i], "");
     }
     const char *key;
     json_t *value;
@@ -279,14 +281,17 @@ static enum status read_sampling(const struct body_facts *facts, struct body *b)
                          : c->temperature >= 0             ? (double)c->temperature
                                                            : 0.6;
     double top_p = param_given(p, PARAM_top_p) ? p->top_p : c->top_p > 0 ? (double)c->top_p : 0.95;
-    double top_k = param_given(p, PARAM_top_k) ? (double)p->top_k : c->top_k >= 0 ? c->top_k : 30;
+    /* one that nobody asked for may be wider than the vocabulary: it keeps all then */
+    int top_k = (int)(param_given(p, PARAM_top_k) ? p->top_k : c->top_k >= 0 ? c->top_k : 30);
+    if (top_k < 0) top_k = 0;
+    if (top_k > facts->vocab_count) top_k = facts->vocab_count;
     double min_p = param_given(p, PARAM_min_p) ? p->min_p : c->min_p >= 0 ? (double)c->min_p : 0;
     TRY(field_row(b->root, "", "temperature", ".temperature", &temperature, NULL));
     TRY(field_row(b->root, "", "top_p", ".top_p", &top_p, NULL));
-    TRY(field_row(b->root, "", "top_k", ".top_k", &top_k, NULL));
+    TRY(field_top_k(b->root, "", facts->vocab_count, &top_k));
     TRY(field_row(b->root, "", "min_p", ".min_p", &min_p, NULL));
-    b->request.think.answer = (struct think_filters){(float)temperature, top_k > 0 ? (int)top_k : 0,
-                                                     (float)top_p, (float)min_p};
+    b->request.think.answer =
+        (struct think_filters){(float)temperature, top_k, (float)top_p, (float)min_p};
 
     double presence = 0, frequency = 0, repetition = 1;
     TRY(field_real(b->root, "", "presence_penalty", -2, 2, &presence));
@@ -380,7 +385,7 @@ static enum status read_stops(const struct body_facts *facts, struct body *b) {
 static enum status read_logprobs(struct body *b) {
     const json_t *logprobs = field_get(b->root, "logprobs");
     int64_t top = 0;
-    if (json_is_integer(logprobs)) { /* the completions form: how many */
+    if (!b->chat && json_is_integer(logprobs)) { /* the completions form: how many */
         TRY(field_int(b->root, "", "logprobs", 0, REQUEST_TOP_LOGPROBS_MAX, &top));
         b->request.logprobs = true;
     } else {
@@ -388,8 +393,8 @@ static enum status read_logprobs(struct body *b) {
     }
     if (field_get(b->root, "top_logprobs")) {
         TRY(field_int(b->root, "", "top_logprobs", 0, REQUEST_TOP_LOGPROBS_MAX, &top));
-        if (!b->request.logprobs)
-            return field_wrong("", "top_logprobs", "left out without logprobs");
+        if (!b->request.logprobs && top > 0)
+            return field_wrong("", "top_logprobs", "0 or left out without logprobs");
     }
     b->request.top_logprobs = (int)top;
     return STATUS_OK;
@@ -536,8 +541,18 @@ struct request body_request(const struct body *b, int prompt, uint64_t id) {
     return r;
 }
 
+/* Flags whose range is the model's. */
+static enum status check_top_k(const struct body_facts *facts, enum param_id id, const char *flag,
+                               int64_t top_k) {
+    if (!param_given(facts->params, id) || top_k <= facts->vocab_count) return STATUS_OK;
+    return fail(STATUS_USAGE, "%s %lld: this model knows %d ids; 0 keeps all", flag,
+                (long long)top_k, facts->vocab_count);
+}
+
 enum status body_facts_check(const struct body_facts *facts) {
     struct body b;
+    TRY(check_top_k(facts, PARAM_top_k, "--top-k", facts->params->top_k));
+    TRY(check_top_k(facts, PARAM_think_top_k, "--think-top-k", facts->params->think_top_k));
     const char probe[] = "{\"prompt\":[0]}";
     enum status status = body_parse(facts, probe, sizeof probe - 1, &b);
     body_fini(&b);

@@ -164,15 +164,36 @@ static bool check_origin(struct exchange *x, const char *host) {
     return true;
 }
 
+/* A listed origin may send any header: clients have their own (X-Stainless-*), all of them without
+ * effect here but those that are documented. */
+static const char *allowed_headers(const struct exchange *x) {
+    static const char letters[] =
+        "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-_, ";
+    const char *asked = http_find(x, "Access-Control-Request-Headers");
+    return asked && *asked && asked[strspn(asked, letters)] == '\0'
+               ? asked
+               : "authorization, content-type, x-request-id, traceparent";
+}
+
 static void preflight(struct exchange *x) {
     http_header(x, "Allow", x->route ? allowed(x->route) : "GET, HEAD, POST, OPTIONS");
     if (http_find(x, "Origin")) {
         http_header(x, "Access-Control-Allow-Methods", "GET, HEAD, POST, OPTIONS");
-        http_header(x, "Access-Control-Allow-Headers",
-                    "authorization, content-type, x-request-id, traceparent");
+        http_header(x, "Access-Control-Allow-Headers", allowed_headers(x));
         http_header(x, "Access-Control-Max-Age", "600");
     }
     http_reply(x, 204, NULL, NULL, 0);
+}
+
+/* Where the body ends must not be anybody's guess (RFC 9112 §6); libevent takes "+2" for a length,
+ * and any coding that ends in "chunked". */
+static bool is_framed(const struct exchange *x) {
+    const char *length = http_find(x, "Content-Length"),
+               *coding = http_find(x, "Transfer-Encoding");
+    if (length && coding) return false;
+    if (length && (!*length || length[strspn(length, "0123456789")])) return false;
+    if (coding && strcasecmp(coding, "chunked") != 0) return false;
+    return count_headers(x, "Content-Length") <= 1 && count_headers(x, "Transfer-Encoding") <= 1;
 }
 
 /* Everything that can be wrong before a route sees the request. False: answered. */
@@ -180,12 +201,12 @@ static bool check(struct exchange *x, enum evhttp_cmd_type method) {
     const struct access *access = x->site->access;
     const char *host = http_find(x, "Host");
     const char *key = http_find(x, "Authorization");
-    if (count_headers(x, "Host") != 1 || count_headers(x, "Content-Length") > 1 ||
-        (http_find(x, "Content-Length") && http_find(x, "Transfer-Encoding"))) {
-        http_header(x, "Connection", "close"); /* where the body ends is anybody's guess */
+    const char *packed = http_find(x, "Content-Encoding");
+    if (count_headers(x, "Host") != 1 || !is_framed(x)) {
+        http_header(x, "Connection", "close");
         refuse(x, REFUSAL_INVALID,
-               "one Host header is needed, and at most one of Content-Length and "
-               "Transfer-Encoding");
+               "one Host header is needed, and at most one of Content-Length (digits) and "
+               "Transfer-Encoding (chunked)");
         return false;
     }
     if (!access_host_ok(access, host)) {
@@ -227,6 +248,11 @@ static bool check(struct exchange *x, enum evhttp_cmd_type method) {
     }
     if (method == EVHTTP_REQ_POST && !is_json(http_find(x, "Content-Type"))) {
         refuse(x, REFUSAL_MEDIA_TYPE, "the body must be sent as Content-Type: application/json");
+        return false;
+    }
+    if (packed && *packed && strcasecmp(packed, "identity") != 0) {
+        http_header(x, "Accept-Encoding", "identity");
+        refuse(x, REFUSAL_MEDIA_TYPE, "the body must be sent without a Content-Encoding");
         return false;
     }
     return true;

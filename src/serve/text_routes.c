@@ -324,10 +324,11 @@ void openai_model(struct exchange *x) {
     const struct body_facts *facts = facts_of(x);
     struct json_writer w;
     if (!facts) return;
-    char *id = evhttp_uridecode(x->path + strlen(x->route->path), 0, NULL);
-    if (id && body_check_model(facts, id) == STATUS_OK) {
+    size_t n = 0;
+    char *id = evhttp_uridecode(x->path + strlen(x->route->path), 0, &n);
+    if (id && strlen(id) == n && body_check_model(facts, id) == STATUS_OK) { /* no %00 in it */
         json_writer_init(&w);
-        write_model(facts, id, strlen(id), &w);
+        write_model(facts, id, n, &w);
         http_reply_json(x, 200, &w);
         json_writer_fini(&w);
     } else {

@@ -78,7 +78,7 @@ def test_only_json(server, path):
 
 
 def test_unknown_paths(server):
-    for path in ("/v1", "/v1/", "/v1/models/", "/v1/chat/completions/", "/V1/models", "//", "/health/", "/.", "//localhost/health", "/%2e%2e/etc/passwd"):
+    for path in ("/v1", "/v1/", "/v1/models/", "/v1/chat/completions/", "/V1/models", "//", "/health/", "/.", "//localhost/health", "/%2e%2e/etc/passwd", "/v1/models/tiny%00x"):
         status, _, body = server.call("GET", path)
         assert status == 404 and json.loads(body)["error"]["type"] == "invalid_request_error", path
 
@@ -132,7 +132,7 @@ def test_null_is_absent(server):
 def test_neutral_values_pass(server):
     neutral = {"tools": [], "response_format": {"type": "text"}, "best_of": 2, "n": 2, "use_beam_search": False, "modalities": ["text"],
                "suffix": "", "user": "me", "metadata": {"a": 1}, "store": False, "service_tier": "auto", "parallel_tool_calls": True,
-               "tool_choice": "auto"}
+               "tool_choice": "auto", "functions": [], "logprobs": False, "top_logprobs": 0}
     assert len(server.chat("Hi", max_tokens=1, **neutral)["choices"]) == 2
     tools = [{"type": "function", "function": {"name": "f"}}]
     assert server.chat("Hi", max_tokens=1, tools=tools, tool_choice="none")["choices"]
@@ -157,7 +157,7 @@ def test_not_offered(server, fields):
     ("stop_token_ids", [[-1], [10**6], 3, [1.5], list(range(65))], [[], list(range(64))]),
     ("logit_bias", [{"a": 1}, {"-1": 1}, {"1": 101}, {"1": "x"}, [], {"1": None}, {str(i): 1 for i in range(1025)}], [{"1": -100, "2": 100}, {}]),
     ("include_stop_str_in_output", [1, "true"], [True]), ("ignore_eos", [0], [True]), ("skip_special_tokens", ["x"], [False]),
-    ("logprobs", ["x", -1, 21, 1.5], [True, False]), ("stream", [1], [False]), ("truncate_prompt_tokens", [0, -2, 1025, 1.5], [-1, 1, 1024]),
+    ("logprobs", ["x", -1, 1, 1.5], [True, False]), ("stream", [1], [False]), ("truncate_prompt_tokens", [0, -2, 1025, 1.5], [-1, 1, 1024]),
     ("add_generation_prompt", [1], [False]), ("continue_final_message", ["x"], []), ("chat_template_kwargs", [[], "x", 1], [{}]),
     ("reasoning_effort", ["x", 1, ""], ["none", "minimal", "low", "medium", "high", "xhigh", "max"]),
     ("include_reasoning", [1], [False]), ("separate_reasoning", [1], [False]), ("stream_reasoning", [1], [False]),
@@ -396,7 +396,15 @@ def test_broken_http(server):
     assert exchange(server, b"BREW /health HTTP/1.1\r\n" + host + b"\r\n").startswith(b"HTTP/1.1 501")
     chunked = body + b"Transfer-Encoding: chunked\r\n\r\n" + b"".join(b"%x\r\n%b\r\n" % (len(p), p) for p in (b'{"pro', b'mpt":"x"}')) + b"0\r\n\r\n"
     assert exchange(server, chunked).startswith(b"HTTP/1.1 200")
+    assert exchange(server, body + b"Content-Length: +2\r\n\r\n{}").startswith(b"HTTP/1.1 400")
+    assert b"Transfer-Encoding" in exchange(server, body + b"Transfer-Encoding: gzip, chunked\r\n\r\n2\r\n{}\r\n0\r\n\r\n")
     assert server.get("/livez")[0] == 200
+
+
+def test_packed_bodies_are_refused(server):
+    for coding, status in (("gzip", 415), ("br", 415), ("identity", 200)):
+        got, headers, body = server.call("POST", "/tokenize", {"prompt": "x"}, {"Content-Encoding": coding})
+        assert got == status and (status == 200 or (headers["accept-encoding"] == "identity" and b"Content-Encoding" in body))
 
 
 def test_depth_of_json(server):
@@ -437,6 +445,19 @@ def test_cors(server):
         assert server.call("GET", "/health", headers={"Host": host})[0] in (400, 403), host
     for host in ("localhost", "LOCALHOST:9", "127.0.0.1", "127.9.9.9:1", "[::1]:8000", "a.localhost"):
         assert server.call("GET", "/health", headers={"Host": host})[0] == 200, host
+
+
+def test_listed_origins():
+    """Clients of a browser send headers of their own, as openai-node does."""
+    with Server("--allowed-origins", "https://a.example, http://b.example:3000", ranks=0) as server:
+        asked = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization,content-type,x-stainless-lang"}
+        for origin in ("https://a.example", "http://b.example:3000"):
+            status, headers, _ = server.call("OPTIONS", CHAT, headers={"Origin": origin, **asked})
+            assert status == 204 and headers["access-control-allow-origin"] == origin
+            assert headers["access-control-allow-headers"] == asked["Access-Control-Request-Headers"]
+            assert "POST" in headers["access-control-allow-methods"] and headers["vary"] == "Origin"
+        for origin in ("http://a.example", "http://b.example", "https://a.example.evil"):
+            assert server.call("OPTIONS", CHAT, headers={"Origin": origin, **asked})[0] == 403
 
 
 def test_streams_joined_in_every_form(server):

@@ -65,7 +65,7 @@ BAD = [
 ]
 NOT_OFFERED = [
     {"tools": [{"type": "function"}]},
-    {"functions": []},
+    {"functions": [{"name": "f"}]},
     {"response_format": {"type": "json_object"}},
     {"best_of": 2},
     {"guided_json": {}},

@@ -1,9 +1,11 @@
 """R13: every series from the first scrape on, totals that add up, one log line a request."""
 import concurrent.futures
+import contextlib
 import json
 import random
 import re
 import shutil
+import socket
 import subprocess
 
 import pytest
@@ -101,6 +103,32 @@ def test_R13_first_scrape(server):
             for buckets in series.values():
                 assert buckets == sorted(buckets) and buckets[-1][0] == float("inf")
                 assert [v for _, v in buckets] == sorted(v for _, v in buckets)
+
+
+def test_R13_named_while_loading():
+    """A label that changed when the model is there would make other series of all of them."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    server = Server("--port", port, "--served-model-name", "me,too", ranks=0, wait=False, env={"SFUMATO_FAULT": "load-delay:0:300"})
+    try:
+        server.port, early = port, ""
+        while not early:
+            assert server.reader.is_alive(), server.lines
+            with contextlib.suppress(OSError):
+                early = scrape(server)
+        assert server.call("GET", "/health")[0] == 503
+        names = {label for line in early.splitlines() for label in re.findall('model_name="([^"]*)"', line)}
+        assert names == {"me"} and 'load_progress_ratio{model_name="me"}' in early
+    finally:
+        server.kill()
+
+
+@pytest.mark.parametrize("option", [["--metrics-prefix", "9x"], ["--metrics-prefix", "a-b"], ["--served-model-name", ","],
+                                    ["--allowed-origins", "example.org"], ["--allowed-origins", "http://a,https://b/"]], ids=" ".join)
+def test_wrong_options_end_at_once(option):
+    server = Server(*option, ranks=0, wait=False)
+    assert server.process.wait(30) == 2
+    assert any(option[0] in line for line in server.lines) and not any("weights" in line for line in server.lines)
 
 
 def test_R13_independent_parser(server):
