@@ -121,6 +121,12 @@ enum status param_check_number(enum param_id id, double value, const char *where
                       rows[id].range);
 }
 
+enum status param_check_count(enum param_id id, int64_t value, const char *where) {
+    if (range_holds(rows[id].range, (double)value)) return STATUS_OK;
+    return fail_param(STATUS_REQUEST, where, NULL, "%s is %lld: it must be in %s", where,
+                      (long long)value, rows[id].range);
+}
+
 bool param_is_count(enum param_id id) {
     return rows[id].kind == KIND_COUNT || rows[id].kind == KIND_MAYBE;
 }

@@ -77,6 +77,7 @@ enum status param_set(struct params *p, enum param_id id, const char *text,
  * with STATUS_REQUEST and `param` = where; and the default as a number. */
 enum param_id param_find_field(const char *field);
 enum status param_check_number(enum param_id id, double value, const char *where);
+enum status param_check_count(enum param_id id, int64_t value, const char *where);
 bool param_is_count(enum param_id id);
 
 /* Plain 64-bit FNV-1a over all values, for the check that ranks were started alike. Options that

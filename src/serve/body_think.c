@@ -210,29 +210,32 @@ static enum status read_filters(const struct body_facts *facts, const json_t *bl
                                 const struct body *b, struct think_params *t) {
     const struct params *p = facts->params;
     const bool off = t->mode == THINK_OFF;
-    double temperature = t->answer.temperature, top_k = t->answer.top_k, top_p = t->answer.top_p,
-           min_p = t->answer.min_p;
+    double temperature = t->answer.temperature, top_p = t->answer.top_p, min_p = t->answer.min_p;
+    int top_k = t->answer.top_k;
     if (!field_get(b->root, "temperature") && param_given(p, PARAM_think_temperature)) {
         temperature = p->think_temperature;
     }
-    if (!off || param_given(p, PARAM_think_top_k)) top_k = (double)p->think_top_k;
+    if (!off || param_given(p, PARAM_think_top_k)) {
+        top_k = p->think_top_k > 0 ? (int)p->think_top_k : 0;
+        if (top_k > facts->vocab_count) top_k = facts->vocab_count; /* the default's width */
+    }
     if (!off || param_given(p, PARAM_think_top_p)) top_p = p->think_top_p;
     if (!off || param_given(p, PARAM_think_min_p)) min_p = p->think_min_p;
     TRY(field_row(block, BLOCK, "temperature", "temperature", &temperature, NULL));
-    TRY(field_row(block, BLOCK, "top_k", "top_k", &top_k, NULL));
+    TRY(field_top_k(block, BLOCK, facts->vocab_count, &top_k));
     TRY(field_row(block, BLOCK, "top_p", "top_p", &top_p, NULL));
     TRY(field_row(block, BLOCK, "min_p", "min_p", &min_p, NULL));
-    t->thinking = (struct think_filters){(float)temperature, top_k > 0 ? (int)top_k : 0,
-                                         (float)top_p, (float)min_p};
+    t->thinking = (struct think_filters){(float)temperature, top_k, (float)top_p, (float)min_p};
     return STATUS_OK;
 }
 
-static enum status read_answer(const json_t *block, struct think_params *t) {
+static enum status read_answer(const struct body_facts *facts, const json_t *block,
+                               struct think_params *t) {
     const json_t *answer = field_get(block, "answer");
     if (!answer) return STATUS_OK;
     if (!json_is_object(answer)) return field_wrong(BLOCK, "answer", "an object");
-    double temperature = t->answer.temperature, top_k = t->answer.top_k, top_p = t->answer.top_p,
-           min_p = t->answer.min_p;
+    double temperature = t->answer.temperature, top_p = t->answer.top_p, min_p = t->answer.min_p;
+    int top_k = t->answer.top_k;
     const char *key;
     json_t *value;
     json_object_foreach((json_t *)answer, key, value) {
@@ -243,11 +246,10 @@ static enum status read_answer(const json_t *block, struct think_params *t) {
         }
     }
     TRY(field_row(answer, BLOCK "answer.", "temperature", ".temperature", &temperature, NULL));
-    TRY(field_row(answer, BLOCK "answer.", "top_k", ".top_k", &top_k, NULL));
+    TRY(field_top_k(answer, BLOCK "answer.", facts->vocab_count, &top_k));
     TRY(field_row(answer, BLOCK "answer.", "top_p", ".top_p", &top_p, NULL));
     TRY(field_row(answer, BLOCK "answer.", "min_p", ".min_p", &min_p, NULL));
-    t->answer = (struct think_filters){(float)temperature, top_k > 0 ? (int)top_k : 0, (float)top_p,
-                                       (float)min_p};
+    t->answer = (struct think_filters){(float)temperature, top_k, (float)top_p, (float)min_p};
     return STATUS_OK;
 }
 
@@ -350,7 +352,7 @@ static enum status read_block(const struct body_facts *facts, const json_t *bloc
     TRY(read_mode(facts, block, t));
     TRY(read_filters(facts, block, b,
                      t)); /* before the answer's own: mode off inherits the request's */
-    TRY(read_answer(block, t));
+    TRY(read_answer(facts, block, t));
     TRY(read_cold_stop(facts, block, t));
     TRY(read_words(facts, block, t));
     TRY(read_close_text(facts, block, t));

@@ -74,8 +74,16 @@ enum status field_row(const json_t *object, const char *prefix, const char *key,
     }
     char path[FAULT_NAME_BYTES];
     snprintf(path, sizeof path, "%s%s", prefix, key);
-    TRY(param_check_number(id, json_number_value(value), path));
+    TRY(json_is_integer(value) ? param_check_count(id, json_integer_value(value), path)
+                               : param_check_number(id, json_real_value(value), path));
     *out = json_number_value(value);
     if (given) *given = true;
+    return STATUS_OK;
+}
+
+enum status field_top_k(const json_t *object, const char *prefix, int vocab_count, int *out) {
+    int64_t top_k = *out;
+    TRY(field_int(object, prefix, "top_k", -1, vocab_count, &top_k));
+    *out = top_k > 0 ? (int)top_k : 0;
     return STATUS_OK;
 }

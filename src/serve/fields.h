@@ -29,6 +29,9 @@ enum status field_text(const json_t *object, const char *prefix, const char *key
 enum status field_row(const json_t *object, const char *prefix, const char *key, const char *row,
                       double *out, bool *given);
 
+/* "top_k": -1 and 0 come out as 0, off; else 1..vocab_count. */
+enum status field_top_k(const json_t *object, const char *prefix, int vocab_count, int *out);
+
 /* "PREFIXKEY must be WHAT". */
 enum status field_wrong(const char *prefix, const char *key, const char *what);
 

@@ -226,6 +226,30 @@ def test_refusals(stubs, inference, channel):
     assert code_of(lambda: unknown(b""))[0] == Code.UNIMPLEMENTED
 
 
+def test_widths(stubs, inference, engine):
+    """As in HTTP (test_serve_contract.py): top_k up to the 768 ids of the vocabulary, max_topk up to 64."""
+    s, v = stubs.sfumato, stubs.vllm_engine
+    thinking = s.SoftThinking
+    for width, fine in [(-1, True), (0, True), (1, True), (768, True), (769, False), (4194304, False), (2**31 - 1, False), (-2, False)]:
+        for fields in ({"top_k": width}, {"soft_thinking": thinking(top_k=width)}):
+            def call(fields=fields):
+                return list(inference.Chat(question(stubs, "Hi", max_tokens=1, **fields)))
+            if fine:
+                assert call()
+            else:
+                code, text = code_of(call)
+                assert code == Code.INVALID_ARGUMENT and f"top_k is {width}: it must be in -1..768" in text
+    for width in (0, 65, 2**31, 2**32 - 1):
+        code, text = code_of(lambda: list(inference.Chat(question(stubs, "Hi", max_tokens=1, soft_thinking=thinking(max_topk=width)))))
+        assert code == Code.INVALID_ARGUMENT and f"soft_thinking.max_topk is {width}: it must be in 1..64" in text
+    for width in (0, 1, 768, 769, 4194305, 2**32 - 1):
+        request = v.GenerateRequest(text=b"1", sampling_params=v.SamplingParams(max_tokens=1, top_k=width))
+        if width <= 768:
+            assert list(engine.Generate(request))
+        else:
+            assert code_of(lambda: list(engine.Generate(request)))[0] == Code.INVALID_ARGUMENT
+
+
 def test_message_over_the_cap(stubs, inference):
     code, text = code_of(lambda: list(inference.Chat(question(stubs, "x" * 70000))))
     assert code == Code.RESOURCE_EXHAUSTED and "65536" in text

@@ -3,7 +3,7 @@ import json
 import re
 
 import pytest
-from conftest import TINY, chat
+from conftest import TINY, chat, generate, launch
 from served import Server, joined, raw_socket
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
@@ -188,6 +188,63 @@ def test_think_ranges(server, name, bad, good):
     for value in good:
         status, answer = server.post(CHAT, chat("Hi", max_tokens=2, soft_thinking={name: value}))
         assert status == 200, (name, value, answer)
+
+
+IDS = json.loads((TINY / "config.json").read_text())["vocab_size"]  # the tokenizer of models/tiny knows them all
+WIDE = [IDS + 1, 4194304, 4194305, 2**31 - 1, 2**31, 2**32 + 1, 2**63 - 1, -2, -(2**63)]
+PLACES = {  # param -> the fields that set it
+    "top_k": lambda v: {"top_k": v},
+    "soft_thinking.top_k": lambda v: {"soft_thinking": {"top_k": v}},
+    "soft_thinking.answer.top_k": lambda v: {"soft_thinking": {"answer": {"top_k": v}}},
+    "soft_thinking.max_topk": lambda v: {"soft_thinking": {"max_topk": v}},
+}
+
+
+def borders(param):
+    """Values that are taken, values that are not, and the range that is said."""
+    low, high = (1, 64) if param.endswith("max_topk") else (-1, IDS)
+    values = [-1, 0, 1, 64, 65, IDS, *WIDE]
+    return [v for v in values if low <= v <= high], [v for v in values if not low <= v <= high], f"{low}..{high}"
+
+
+@pytest.mark.parametrize("param", PLACES)
+def test_widths(server, param):
+    """top_k is -1, 0 or 1 to the vocabulary; the error has the field as it was given, its value and its range."""
+    fields, (good, bad, said) = PLACES[param], borders(param)
+    body = {"prompt": "Tom has", "max_tokens": 6, "seed": 4, "temperature": 1.5, "ignore_eos": True}
+    texts = {}
+    for value in good:
+        status, answer = server.post(TEXT, {**body, **fields(value)})
+        assert status == 200, (value, answer)
+        texts[value] = answer["choices"][0]["text"]
+    for value in bad:
+        error = refused(server, TEXT, {**body, **fields(value)}, param=param)
+        assert error["message"] == f"{param} is {value}: it must be in {said}"
+    refused(server, TEXT, json.dumps({**body, **fields(0)}).replace(": 0}", f": {2**63}}}").encode())  # no number of JSON here
+    if not param.endswith("max_topk"):
+        assert texts[0] == texts[-1] == texts[IDS]  # all ids
+    lines = generate([{**body, **fields(v)} for v in good + bad]).lines
+    assert [line.get("error", {}).get("param") for line in lines] == [None] * len(good) + [param] * len(bad)
+    alias = {"custom_params": {"after_thinking_top_k": IDS + 1}}
+    refused(server, TEXT, {**body, **alias}, param="soft_thinking.answer.top_k")
+
+
+def test_widths_of_flags(tmp_path):
+    """A flag is held to the same range; what the model's files ask for keeps all ids when it is wider than those."""
+    for flag in ("--top-k", "--think-top-k"):
+        assert launch("generate", "-p", "x", "--max-tokens", "1", flag, str(IDS)).status == 0
+        for value in (IDS + 1, 4194304, 4194305, 2**31, 2**63):
+            result = launch("generate", "-p", "x", "--max-tokens", "1", flag, str(value))
+            assert result.status == 2 and f"{flag} {value}" in result.messages[-1], (value, result.messages)
+    for file in TINY.iterdir():
+        if file.is_file() and file.name != "generation_config.json":
+            (tmp_path / file.name).symlink_to(file)
+    body, texts = {"prompt": "Tom has", "max_tokens": 6, "seed": 4, "temperature": 1.5, "soft_thinking": {"mode": "off"}}, []
+    for width in (0, IDS, IDS + 1, 2**31 - 1):
+        (tmp_path / "generation_config.json").write_text(json.dumps({"top_k": width}))
+        (line,) = generate([body], "--model", str(tmp_path)).lines
+        texts.append(line["answer"])
+    assert len(set(texts)) == 1 and texts[0]
 
 
 def test_first_of_two_wins(server):
