@@ -174,6 +174,17 @@ def test_refusal_is_shown_and_its_field_marked(page):
     page.errors = [e for e in page.errors if "400" not in e]  # the browser's own note about the status
 
 
+def test_server_that_went_away():
+    with Server() as gone, Browser() as b:
+        b.open(gone.url + "/")
+        b.wait("document.getElementById('where').textContent.includes('tiny')")
+        gone.kill()
+        send(b)
+        b.wait("document.querySelector('.problem:not([hidden])')")
+        assert texts(b, ".problem") == ["The server cannot be reached."]
+        assert b.run("document.getElementById('stop').hidden")
+
+
 def test_saved_trace_with_and_without_a_server(page, tmp_path):
     messages = [{"role": "user", "content": QUESTION}]
     result = generate([{"custom_id": name, "messages": messages, "soft_thinking": {"mode": name, "return_trace": True}}
@@ -197,12 +208,13 @@ def test_saved_trace_with_and_without_a_server(page, tmp_path):
 def test_broken_files_are_refused(page, tmp_path):
     good = {"step": 0, "id": 1, "text": "a", "entropy": 0.5, "p": 0.5, "ids": [1, 2], "weights": [0.5, 0.5]}
     wrong = [{"step": "0"}, {"id": None}, {"text": 5}, {"entropy": "x"}, {"p": -1}, {"ids": [1]}, {"weights": ["a", "b"]}, {"weights": 2}]
-    files = ["", "{", "[]", "{}", "null", "[null]", '{"trace":5}', '{"trace":[]}', *(json.dumps([{**good, **w}]) for w in wrong)]
+    files = [json.dumps({"trace": [good], "answer": {"toString": 1}}), "", "{", "[]", "{}", "null", "[null]", '{"trace":5}', '{"trace":[]}', *(json.dumps([{**good, **w}]) for w in wrong)]
     for i, text in enumerate(files):
         path = tmp_path / f"{i}.json"
         path.write_text(text)
         page.choose_file("#file", path)
         page.wait(f"document.querySelectorAll('.turn .problem').length === {i + 1}")
+        assert page.run("document.querySelectorAll('.turn').length") == i + 1
     assert page.run("document.querySelectorAll('.reply').length") == 0
 
 
