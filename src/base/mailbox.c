@@ -142,8 +142,13 @@ void mailbox_pop(mailbox *m) {
     uint64_t at, length;
     const bool there = oldest(m, &at, &length);
     ASSERT(there);
-    atomic_store(&m->popped, at + HEAD_BYTES + padded((size_t)length));
-    if (atomic_load(&m->writer_waits)) ring_bell(m->room_fd);
+    const uint64_t popped = at + HEAD_BYTES + padded((size_t)length);
+    atomic_store(&m->popped, popped);
+    /* Not for each message: a writer that waits has flushed all, and what it waits to write is at most
+     * half of the ring, with the gap before it. */
+    if (!atomic_load(&m->writer_waits) || atomic_load(&m->flushed) - popped > m->size / 2) return;
+    atomic_store(&m->writer_waits, false);
+    ring_bell(m->room_fd);
 }
 
 static int64_t now_ms(void) {
