@@ -134,7 +134,7 @@ static void pack_finish(const call *c, const struct reply_summary *s, struct jso
     usage.reasoning_tokens = (uint32_t)s->usage.reasoning_tokens;
     usage.cached_tokens = (uint32_t)s->usage.cached_tokens;
     info.mode = (char *)think_mode_name(call_body(c)->request.think.mode);
-    info.soft_steps = (uint32_t)s->usage.soft_steps;
+    info.soft_steps = (uint32_t)s->soft_steps;
     info.thinking_end = (char *)think_end_name(s->end);
     if (!isnan(s->mean_entropy)) {
         info.mean_entropy_opt_case = SFUMATO__V1__INFO__MEAN_ENTROPY_OPT_MEAN_ENTROPY;

@@ -8,6 +8,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "serve/fields.h"
 #include "serve/openai.h"
 
 struct columns {
@@ -140,7 +141,7 @@ static enum status open_text(struct generation *g, struct completions *own, int 
     if (json_is_array(sent) && !json_is_integer(json_array_get(sent, 0))) {
         sent = json_array_get(sent, (size_t)prompt);
     }
-    if (json_is_string(sent) && !json_object_get(g->body->root, "truncate_prompt_tokens")) {
+    if (json_is_string(sent) && !field_get(g->body->root, "truncate_prompt_tokens")) {
         own->text_bytes[prompt] = json_string_length(sent);
         own->texts[prompt] = strndup(json_string_value(sent), json_string_length(sent));
         return own->texts[prompt] ? STATUS_OK : fail(STATUS_MEMORY, "no memory for an echo");

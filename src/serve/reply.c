@@ -220,6 +220,7 @@ void reply_summarise(const reply *r, struct reply_summary *out) {
         .finish = r->finish,
         .end = r->end,
         .mean_entropy = n > 0 ? r->entropy_sum / n : NAN,
+        .soft_steps = r->soft_steps,
         .seed = r->body->request.think.seed,
         .loop_break = r->loop_break,
         .stop_text = r->stop_index >= 0 ? r->body->stops[r->stop_index] : NULL,
@@ -251,7 +252,7 @@ void reply_write_info(const reply *r, bool with_trace, struct json_writer *w) {
     json_key(w, "mode");
     json_write_text(w, think_mode_name(r->body->request.think.mode));
     json_key(w, "soft_steps");
-    json_write_int(w, r->soft_steps);
+    json_write_int(w, s.soft_steps);
     json_key(w, "thinking_end");
     json_write_text(w, think_end_name(s.end));
     json_key(w, "mean_entropy");

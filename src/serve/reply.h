@@ -38,6 +38,7 @@ struct reply_summary {
     enum finish finish;
     enum think_end end;
     double mean_entropy; /* NAN without thinking steps */
+    int64_t soft_steps; /* of the thinking it shows, also when usage counts it for another choice */
     uint64_t seed;
     bool loop_break;
     const char *stop_text; /* the stop string that matched, or NULL */

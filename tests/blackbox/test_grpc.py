@@ -167,11 +167,16 @@ def test_prompts_of_text_and_ids(server, stubs, inference):
         assert (event.finish.stop_text or None) == whole["choices"][event.index]["stop_reason"]
 
 
-def test_shared_thinking(stubs, inference):
+def test_shared_thinking(server, stubs, inference):
     request = question(stubs, problems(1)[0], n=3, seed=2, max_tokens=60,
                        soft_thinking=stubs.sfumato.SoftThinking(share_thinking=True))
-    thoughts = {e.finish.whole.reasoning for e in inference.Chat(request)}
-    assert len(thoughts) == 1 and thoughts.pop()
+    events = list(inference.Chat(request))
+    assert len({e.finish.whole.reasoning for e in events}) == 1 and events[0].finish.whole.reasoning
+    http = {"messages": [{"role": "user", "content": problems(1)[0]}], "n": 3, "seed": 2, "max_tokens": 60, "soft_thinking": {"share_thinking": True}}
+    for event in events:  # every choice reports the one thinking
+        info = server.post("/v1/chat/completions", http)[1]["choices"][event.index]["sfumato"]
+        assert event.finish.info.soft_steps == info["soft_steps"] > 0
+        assert event.finish.info.mean_entropy == pytest.approx(info["mean_entropy"], rel=1e-8)
 
 
 def test_tokens(server, stubs, inference):

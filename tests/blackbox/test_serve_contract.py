@@ -396,6 +396,12 @@ def test_chat_logprobs_form(server):
     assert all(e["top_logprobs"] == [] for e in none["reasoning"])
 
 
+def test_echo_is_the_text_that_was_sent(server):
+    prompt = "<|user|>Tom  has\n<|assistant|>"  # markers included
+    for more in ({}, {"truncate_prompt_tokens": None}):
+        assert server.complete(prompt, echo=True, max_tokens=0, **more)["choices"][0]["text"] == prompt
+
+
 def test_echo_alone_runs_no_step(server):
     before = server.steps()
     (choice,) = server.complete("Tom has", echo=True, max_tokens=0)["choices"]
