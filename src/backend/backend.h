@@ -114,6 +114,20 @@ struct run_ops {
     void (*stop)(backend *b, int row);
 };
 
+/* The way of weights into host memory: every host thread (host_run) packs the rows of its own
+ * panels, so that they come to lie near it. */
+struct matrix_rows {
+    const void *values;       /* [row_count][K] */
+    enum backend_dtype dtype; /* F32, or the matrix's own */
+};
+struct backend_pack {
+    /* Rows [*begin, *end) of a part are that thread's; borders are those of panels. */
+    void (*share)(backend *b, const matrix *m, int thread, int64_t *begin, int64_t *end);
+    /* Rows [row_begin, +row_count) of a part, of the calling thread's share. */
+    void (*rows)(backend *b, matrix *m, int part, int64_t row_begin, int64_t row_count,
+                 const struct matrix_rows *rows);
+};
+
 /* The way of weights to a device with memory of its own. The host threads (host_run) bring rows into
  * the matrix's number format in one slot while the device takes them from the other. */
 enum { BACKEND_SLOTS = 2 };
@@ -154,7 +168,8 @@ struct backend_ops {
     enum status (*matrix_new)(backend *b, const struct matrix_spec *spec, matrix **out);
     void (*matrix_load)(backend *b, matrix *m, int part, int64_t row_begin, int64_t row_count,
                         const float *rows);
-    /* NULL: device memory is the host's, and matrix_load is the way. */
+    /* The way of a whole model's weights, one of the two; matrix_load is for single matrices. */
+    const struct backend_pack *pack;
     const struct backend_upload *upload;
     /* run(context, thread) once on each of the backend's host_threads threads. */
     void (*host_run)(backend *b, void (*run)(void *context, int thread), void *context);

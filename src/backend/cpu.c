@@ -202,6 +202,8 @@ out:
     return status;
 }
 
+static const struct backend_pack cpu_pack = {.share = cpu_matrix_share, .rows = cpu_matrix_pack};
+
 static const struct backend_ops cpu_ops = {
     .name = "cpu",
     .close = cpu_close,
@@ -211,6 +213,7 @@ static const struct backend_ops cpu_ops = {
     .copy = cpu_copy,
     .matrix_new = cpu_matrix_new,
     .matrix_load = cpu_matrix_load,
+    .pack = &cpu_pack,
     .host_run = cpu_host_run,
     .kv_new = cpu_kv_new,
     .kv_take = cpu_kv_take,

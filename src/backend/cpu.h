@@ -59,6 +59,9 @@ void *cpu_scratch(struct cpu *cpu, size_t bytes);
 enum status cpu_matrix_new(backend *b, const struct matrix_spec *spec, matrix **out);
 void cpu_matrix_load(backend *b, matrix *m, int part, int64_t row_begin, int64_t row_count,
                      const float *rows);
+void cpu_matrix_share(backend *b, const matrix *m, int thread, int64_t *begin, int64_t *end);
+void cpu_matrix_pack(backend *b, matrix *m, int part, int64_t row_begin, int64_t row_count,
+                     const struct matrix_rows *rows);
 void cpu_embed_mix(backend *b, const struct batch *batch, const matrix *embed, int slab_count,
                    const int64_t *vocab_begin, float *out);
 void cpu_add_norm(backend *b, int rows, int hidden, bool first, float scale, const float *sum,

@@ -56,7 +56,6 @@ enum status cpu_matrix_new(backend *b, const struct matrix_spec *spec, matrix **
     matrix *m = cpu_memory_take(&cpu->memory, sizeof *m, "matrix");
     if (!m) return STATUS_MEMORY;
     TRY(matrix_init(m, spec, &cpu->memory));
-    matrix_touch(m, cpu->pool);
     m->next = cpu->matrices;
     cpu->matrices = m;
     b->weight_bytes += (size_t)m->panel_count * m->panel_bytes;
@@ -71,9 +70,20 @@ enum status cpu_matrix_new(backend *b, const struct matrix_spec *spec, matrix **
     return STATUS_OK;
 }
 
+void cpu_matrix_share(backend *b, const matrix *m, int thread, int64_t *begin, int64_t *end) {
+    matrix_share(m, thread, b->host_threads, begin, end);
+}
+
+void cpu_matrix_pack(backend *b, matrix *m, int part, int64_t row_begin, int64_t row_count,
+                     const struct matrix_rows *rows) {
+    (void)b;
+    matrix_pack(m, part, row_begin, row_count, rows);
+}
+
 void cpu_matrix_load(backend *b, matrix *m, int part, int64_t row_begin, int64_t row_count,
                      const float *rows) {
-    matrix_pack(m, cpu_of(b)->pool, part, row_begin, row_count, rows);
+    (void)b;
+    matrix_pack(m, part, row_begin, row_count, &(struct matrix_rows){rows, BACKEND_F32});
 }
 
 /* ---- products ---- */

@@ -1,11 +1,12 @@
 /* cpu_pack.c: see cpu_pack.h. */
 #include "backend/cpu_pack.h"
 
+#include <emmintrin.h> /* SSE2: every x86-64 has it */
 #include <string.h>
 
 #include "base/bf16.h"
 
-enum { PACK_BLOCK = 256 /* columns rounded at a time: source, rounded copy and target fit L1 */ };
+enum { PACK_BLOCK = 256 /* columns at a time: source, rounded copy and target fit L1; even */ };
 
 /* Everything but the memory. */
 static void matrix_shape(struct matrix *m, const struct matrix_spec *spec) {
@@ -52,95 +53,114 @@ enum status matrix_init(struct matrix *m, const struct matrix_spec *spec,
     return m->data ? STATUS_OK : STATUS_MEMORY;
 }
 
-/* Columns [begin, begin + count) of one row, to its lane of a panel; `to` is the padded coordinate
- * of `begin`, even for bf16. */
-static void pack_f32(const float *from, int64_t count, float *panel, int64_t to, int lane) {
-    float *out = panel + to * PANEL_ROWS + lane;
-    for (int64_t k = 0; k < count; k++) out[k * PANEL_ROWS] = from[k];
+/* A unit is 4 bytes of a row: an fp32 number or two bf16, and what a lane holds of 128 bytes. */
+enum {
+    UNIT = 4,
+    LANES_AT_ONCE = 4,
+    UNITS_AT_ONCE = 4,
+    LINE_UNITS = 16,
+    STRIDE = PANEL_ROWS * UNIT
+};
+
+static void transpose_4x4(const unsigned char *from, size_t pitch, unsigned char *to) {
+    const __m128i a = _mm_loadu_si128((const void *)from),
+                  b = _mm_loadu_si128((const void *)(from + pitch)),
+                  c = _mm_loadu_si128((const void *)(from + 2 * pitch)),
+                  d = _mm_loadu_si128((const void *)(from + 3 * pitch));
+    const __m128i ab = _mm_unpacklo_epi32(a, b), cd = _mm_unpacklo_epi32(c, d);
+    const __m128i ab2 = _mm_unpackhi_epi32(a, b), cd2 = _mm_unpackhi_epi32(c, d);
+    _mm_storeu_si128((void *)to, _mm_unpacklo_epi64(ab, cd));
+    _mm_storeu_si128((void *)(to + STRIDE), _mm_unpackhi_epi64(ab, cd));
+    _mm_storeu_si128((void *)(to + 2 * STRIDE), _mm_unpacklo_epi64(ab2, cd2));
+    _mm_storeu_si128((void *)(to + 3 * STRIDE), _mm_unpackhi_epi64(ab2, cd2));
 }
 
-static void pack_bf16(const float *from, int64_t count, bf16 *panel, int64_t to, int lane) {
-    bf16 *out = panel + to * PANEL_ROWS + 2 * lane;
-    for (int64_t k = 0; k < count; k += PACK_BLOCK) {
-        bf16 rounded[PACK_BLOCK];
-        const int n = (int)(count - k < PACK_BLOCK ? count - k : PACK_BLOCK);
-        bf16_round(from + k, n, rounded);
-        if (n % 2) rounded[n] = 0; /* n < PACK_BLOCK: PACK_BLOCK is even */
-        for (int i = 0; i < n; i += 2)
-            memcpy(out + (k + i) * PANEL_ROWS, rounded + i, 2 * sizeof(bf16));
+/* to[units][32 lanes] gets the first of `rows` lanes' units; from[rows], `pitch` bytes apart. */
+static void pack_units(const unsigned char *from, size_t pitch, int rows, int64_t units,
+                       unsigned char *to) {
+    const int whole_rows = rows / LANES_AT_ONCE * LANES_AT_ONCE;
+    const int64_t whole_units = units / UNITS_AT_ONCE * UNITS_AT_ONCE;
+    /* a cache line of each row at a time: rows a power of two apart push each other out of L1 */
+    for (int64_t line = 0; line < whole_units; line += LINE_UNITS) {
+        const int64_t end = line + LINE_UNITS < whole_units ? line + LINE_UNITS : whole_units;
+        for (int r = 0; r < whole_rows; r += LANES_AT_ONCE)
+            for (int64_t u = line; u < end; u += UNITS_AT_ONCE)
+                transpose_4x4(from + (size_t)r * pitch + u * UNIT, pitch,
+                              to + u * STRIDE + r * UNIT);
+    }
+    for (int r = 0; r < rows; r++)
+        for (int64_t u = r < whole_rows ? whole_units : 0; u < units; u++)
+            memcpy(to + u * STRIDE + r * UNIT, from + (size_t)r * pitch + u * UNIT, UNIT);
+}
+
+static int64_t panel_rows_of(const struct matrix *m) {
+    return m->kind == MATRIX_GATE_UP ? GATE_ROWS : PANEL_ROWS;
+}
+
+/* Columns that a unit holds. */
+static int unit_columns(const struct matrix *m) { return m->dtype == BACKEND_BF16 ? 2 : 1; }
+
+void matrix_share(const struct matrix *m, int thread, int threads, int64_t *begin, int64_t *end) {
+    const int64_t panel_rows = panel_rows_of(m);
+    *begin = cpu_range_begin(m->panel_count, thread, threads) * panel_rows;
+    *end = cpu_range_begin(m->panel_count, thread + 1, threads) * panel_rows;
+    if (*begin > m->rows) *begin = m->rows;
+    if (*end > m->rows) *end = m->rows;
+}
+
+static void pack_bf16(const bf16 *rows, int64_t pitch, int n, int64_t columns, unsigned char *to) {
+    pack_units((const void *)rows, (size_t)pitch * sizeof(bf16), n, columns / 2, to);
+    if (columns % 2 == 0) return;
+    for (int r = 0; r < n; r++) { /* the last column of a slab and one of zeros */
+        const bf16 pair[2] = {rows[r * pitch + columns - 1], 0};
+        memcpy(to + columns / 2 * STRIDE + r * UNIT, pair, UNIT);
     }
 }
 
-struct touch_job {
-    struct matrix *m;
-    int threads;
-};
-
-/* The owner of a panel is the first to write to its pages: they come from memory near it. */
-static void touch_task(void *context, int thread) {
-    enum { PAGE_BYTES = 4096 };
-    const struct touch_job *job = context;
-    const struct matrix *m = job->m;
-    const size_t begin =
-        (size_t)cpu_range_begin(m->panel_count, thread, job->threads) * m->panel_bytes;
-    const size_t end =
-        (size_t)cpu_range_begin(m->panel_count, thread + 1, job->threads) * m->panel_bytes;
-    for (size_t at = begin; at < end; at += PAGE_BYTES) ((volatile unsigned char *)m->data)[at] = 0;
+static void pack_rounded(const float *rows, int64_t pitch, int n, int64_t columns,
+                         unsigned char *to) {
+    bf16 rounded[PANEL_ROWS][PACK_BLOCK];
+    ASSERT(n > 0);
+    for (int r = 0; r < n; r++) bf16_round(rows + r * pitch, columns, rounded[r]);
+    pack_bf16(rounded[0], PACK_BLOCK, n, columns, to);
 }
 
-void matrix_touch(struct matrix *m, cpu_pool *pool) {
-    struct touch_job job = {m, cpu_pool_threads(pool)};
-    cpu_pool_run(pool, touch_task, &job);
+/* Columns [k, +columns) of rows [row, +n) of `from`, to the first n lanes at `to`. */
+static void pack_block(const struct matrix *m, const struct matrix_rows *from, int64_t row, int n,
+                       int64_t k, int64_t columns, unsigned char *to) {
+    const int64_t at = row * m->cols + k;
+    const float *f32 = from->values;
+    const bf16 *b16 = from->values;
+    if (m->dtype == BACKEND_F32)
+        pack_units((const void *)(f32 + at), (size_t)m->cols * sizeof *f32, n, columns, to);
+    else if (from->dtype == BACKEND_F32)
+        pack_rounded(f32 + at, m->cols, n, columns, to);
+    else
+        pack_bf16(b16 + at, m->cols, n, columns, to);
 }
 
-struct pack_job {
-    struct matrix *m;
-    int threads, part;
-    int64_t row_begin, row_end;
-    const float *rows;
-};
-
-static void pack_task(void *context, int thread) {
-    const struct pack_job *job = context;
-    struct matrix *m = job->m;
-    const int64_t panel_rows = m->kind == MATRIX_GATE_UP ? GATE_ROWS : PANEL_ROWS;
-    /* equal numbers of the job's panels: they are the range of one or two owners */
-    const int64_t first = job->row_begin / panel_rows;
-    const int64_t panels = (job->row_end + panel_rows - 1) / panel_rows - first;
-    int64_t row = (first + cpu_range_begin(panels, thread, job->threads)) * panel_rows;
-    int64_t end = (first + cpu_range_begin(panels, thread + 1, job->threads)) * panel_rows;
-    if (row < job->row_begin) row = job->row_begin;
-    if (end > job->row_end) end = job->row_end;
-    /* A block of columns for all rows of a panel, then the next block: the panel is written front
-     * to back, and cache lines shared by lanes are still in L1. */
-    while (row < end) {
-        const int64_t panel = row / panel_rows;
-        const int64_t panel_end = end < (panel + 1) * panel_rows ? end : (panel + 1) * panel_rows;
-        void *out = m->data + (size_t)panel * m->panel_bytes;
-        for (int s = 0; s < m->slab_count; s++) {
-            for (int64_t k = m->slab_begin[s]; k < m->slab_begin[s + 1]; k += PACK_BLOCK) {
-                const int64_t left = m->slab_begin[s + 1] - k;
-                const int64_t count = left < PACK_BLOCK ? left : PACK_BLOCK;
-                const int64_t to = m->slab_padded[s] + k - m->slab_begin[s];
-                for (int64_t r = row; r < panel_end; r++) {
-                    const int lane = (int)(r % panel_rows) + (job->part ? GATE_ROWS : 0);
-                    const float *from = job->rows + (r - job->row_begin) * m->cols + k;
-                    if (m->dtype == BACKEND_F32)
-                        pack_f32(from, count, out, to, lane);
-                    else
-                        pack_bf16(from, count, out, to, lane);
-                }
-            }
-        }
-        row = panel_end;
-    }
-}
-
-void matrix_pack(struct matrix *m, cpu_pool *pool, int part, int64_t row_begin, int64_t row_count,
-                 const float *rows) {
+/* A block of columns for all rows of a panel, then the next block: the panel is written front to
+ * back, and cache lines shared by lanes are still in L1. */
+void matrix_pack(struct matrix *m, int part, int64_t row_begin, int64_t row_count,
+                 const struct matrix_rows *rows) {
     ASSERT(part == 0 || (part == 1 && m->kind == MATRIX_GATE_UP));
     ASSERT(row_begin >= 0 && row_count >= 0);
     ASSERT_LE(row_begin + row_count, m->rows);
-    struct pack_job job = {m, cpu_pool_threads(pool), part, row_begin, row_begin + row_count, rows};
-    cpu_pool_run(pool, pack_task, &job);
+    ASSERT(rows->dtype == BACKEND_F32 || rows->dtype == m->dtype);
+    const int64_t panel_rows = panel_rows_of(m), end = row_begin + row_count;
+    for (int64_t row = row_begin, panel_end; row < end; row = panel_end) {
+        const int64_t panel = row / panel_rows;
+        panel_end = end < (panel + 1) * panel_rows ? end : (panel + 1) * panel_rows;
+        unsigned char *out = m->data + (size_t)panel * m->panel_bytes;
+        const int lane = (int)(row % panel_rows) + (part ? GATE_ROWS : 0);
+        for (int s = 0; s < m->slab_count; s++) {
+            for (int64_t k = m->slab_begin[s]; k < m->slab_begin[s + 1]; k += PACK_BLOCK) {
+                const int64_t left = m->slab_begin[s + 1] - k;
+                const int64_t to = m->slab_padded[s] + k - m->slab_begin[s];
+                pack_block(m, rows, row - row_begin, (int)(panel_end - row), k,
+                           left < PACK_BLOCK ? left : PACK_BLOCK,
+                           out + to * STRIDE / unit_columns(m) + lane * UNIT);
+            }
+        }
+    }
 }

@@ -14,7 +14,7 @@
  * bf16 slabs with an odd number of columns get one column of zeros ("padded" coordinates), so that
  * pairs never straddle a border; activations are brought into the same coordinates. Missing rows of
  * the last panel are zero. Panels [P t / threads, P (t + 1) / threads) belong to thread t: it
- * touches them first and reads them.
+ * packs them, so that their pages come from memory near it, and reads them.
  */
 #ifndef SFUMATO_BACKEND_CPU_PACK_H
 #define SFUMATO_BACKEND_CPU_PACK_H
@@ -51,10 +51,11 @@ static inline bool matrix_is_padded(const struct matrix *m) { return m->k_padded
 
 enum status matrix_init(struct matrix *m, const struct matrix_spec *spec,
                         struct cpu_memory *memory);
-/* Before anything is packed. */
-void matrix_touch(struct matrix *m, cpu_pool *pool);
-/* Rows [row_begin, +row_count) of a part, [row_count, K] fp32, in parallel over panels. */
-void matrix_pack(struct matrix *m, cpu_pool *pool, int part, int64_t row_begin, int64_t row_count,
-                 const float *rows);
+/* Rows [*begin, *end) of a part are in the panels of that thread. */
+void matrix_share(const struct matrix *m, int thread, int threads, int64_t *begin, int64_t *end);
+/* Rows [row_begin, +row_count) of a part, on the calling thread; several threads may pack rows of
+ * different panels at once. The first to write to a page decides where it lies. */
+void matrix_pack(struct matrix *m, int part, int64_t row_begin, int64_t row_count,
+                 const struct matrix_rows *rows);
 
 #endif

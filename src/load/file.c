@@ -38,22 +38,52 @@ enum status file_map_open(const char *path, struct file_map *out) {
     }
     void *bytes = mmap(NULL, out->n, PROT_READ, MAP_SHARED, fd, 0);
     const int why = errno;
-    close(fd);
     if (bytes == MAP_FAILED) {
+        close(fd);
         return fail(why == ENOMEM ? STATUS_MEMORY : STATUS_MODEL, "%s cannot be mapped: %s", path,
                     strerror(why));
     }
     out->bytes = bytes;
+    out->fd = fd;
     return STATUS_OK;
 }
 
 void file_map_close(struct file_map *map) {
-    if (map->bytes) munmap((void *)(uintptr_t)map->bytes, map->n);
+    if (map->bytes) {
+        munmap((void *)(uintptr_t)map->bytes, map->n);
+        close(map->fd);
+    }
     *map = (struct file_map){0};
 }
 
+static bool map_holds(const struct file_map *map, const uint8_t *from, size_t n) {
+    return from >= map->bytes && n <= map->n && (size_t)(from - map->bytes) <= map->n - n;
+}
+
+enum status file_map_read(const struct file_map *map, const uint8_t *from, size_t n, void *dst) {
+    ASSERT(map_holds(map, from, n));
+    for (size_t done = 0; done < n;) {
+        const off_t at = (off_t)(from - map->bytes) + (off_t)done;
+        const ssize_t got = pread(map->fd, (char *)dst + done, n - done, at);
+        if (got < 0 && errno == EINTR) continue;
+        if (got <= 0)
+            return fail(STATUS_MODEL, "byte %lld of the weights cannot be read: %s", (long long)at,
+                        got < 0 ? strerror(errno) : "the file has become shorter");
+        done += (size_t)got;
+    }
+    return STATUS_OK;
+}
+
+void file_map_ahead(const struct file_map *map, const uint8_t *from, size_t n) {
+    enum { AT_ONCE = 1 << 20 }; /* bytes: a kernel takes no more of one call than its window */
+    ASSERT(map_holds(map, from, n));
+    for (size_t done = 0; done < n; done += AT_ONCE)
+        posix_fadvise(map->fd, (off_t)(from - map->bytes) + (off_t)done,
+                      (off_t)(n - done < AT_ONCE ? n - done : AT_ONCE), POSIX_FADV_WILLNEED);
+}
+
 void file_map_want(const struct file_map *map, const uint8_t *from, size_t n) {
-    ASSERT(from >= map->bytes && n <= map->n && (size_t)(from - map->bytes) <= map->n - n);
+    ASSERT(map_holds(map, from, n));
     const uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE);
     const uintptr_t begin = (uintptr_t)from / page * page, end = (uintptr_t)from + n;
 #ifdef MADV_POPULATE_READ
@@ -63,7 +93,7 @@ void file_map_want(const struct file_map *map, const uint8_t *from, size_t n) {
 }
 
 void file_map_forget(const struct file_map *map, const uint8_t *from, size_t n) {
-    ASSERT(from >= map->bytes && n <= map->n && (size_t)(from - map->bytes) <= map->n - n);
+    ASSERT(map_holds(map, from, n));
     const uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE);
     const uintptr_t begin = (uintptr_t)from / page * page, end = (uintptr_t)from + n;
     /* of a shared file mapping only the page table's entries go: rounding outward loses nothing */

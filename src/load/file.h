@@ -15,13 +15,19 @@
 struct file_map {
     const uint8_t *bytes;
     size_t n;
+    int fd; /* of an open map only */
 };
 
 /* STATUS_MODEL when it cannot be read or is empty. */
 enum status file_map_open(const char *path, struct file_map *out);
 void file_map_close(struct file_map *map);
-/* Bytes [from, from + n) of the map will be read at once: they are brought in and mapped in one go,
- * not a page fault at a time. */
+/* dst[n] = the bytes [from, from + n) of the map, read without mapping their pages: the fastest way
+ * to what is read once. STATUS_MODEL when the file has become shorter or cannot be read. */
+enum status file_map_read(const struct file_map *map, const uint8_t *from, size_t n, void *dst);
+/* They will be read soon, by whatever way: the disk begins to bring them in; does not wait. */
+void file_map_ahead(const struct file_map *map, const uint8_t *from, size_t n);
+/* They will be read through the map at once: they are brought in and mapped in one go, not a page
+ * fault at a time. */
 void file_map_want(const struct file_map *map, const uint8_t *from, size_t n);
 /* Bytes [from, from + n) of the map have been read and packed: they leave this process's resident memory
  * (they are fetched again if read again), so that loading never holds the weights twice. */

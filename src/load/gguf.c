@@ -87,7 +87,8 @@ static bool gguf_source_find(const source *src, const char *name, struct source_
     bool permuted;
     const struct tensor_entry *e = lookup((const struct gguf_source *)src, name, &permuted);
     if (!e) return false;
-    *out = (struct source_tensor){e->rows, e->cols, e->type_name, e->bytes};
+    *out = (struct source_tensor){e->rows, e->cols, e->type_name, e->bytes,
+                                  .bf16 = tensor_is_bf16(e) && !permuted};
     return true;
 }
 
@@ -110,14 +111,42 @@ static enum status gguf_source_read(source *src, const char *name, int64_t row_b
         }
         return STATUS_OK;
     }
+    const struct file_map *map = &((const struct gguf_source *)src)->map;
+    size_t n;
+    const uint8_t *rows = tensor_rows(e, row_begin, row_count, &n);
+    /* of a slab of columns only a part of these bytes is wanted */
+    if (col_count == e->cols) file_map_want(map, rows, n);
     for (int64_t i = 0; i < row_count; i++) {
         const int64_t row = permuted ? file_row(row_begin + i, head_dim) : row_begin + i;
         tensor_read_row(e, row, col_begin, col_count, dst + i * col_count);
     }
+    file_map_forget(map, rows, n);
+    return STATUS_OK;
+}
+
+static enum status gguf_source_read_bf16(source *src, const char *name, int64_t row_begin,
+                                         int64_t row_count, int64_t col_begin, int64_t col_count,
+                                         bf16 *dst) {
+    const struct gguf_source *s = (const struct gguf_source *)src;
+    bool permuted;
+    const struct tensor_entry *e = lookup(s, name, &permuted);
+    ASSERT(e && tensor_is_bf16(e) && !permuted);
+    ASSERT(row_begin >= 0 && row_count >= 0 && row_begin + row_count <= e->rows);
+    ASSERT(col_begin >= 0 && col_count >= 0 && col_begin + col_count <= e->cols);
+    const enum status status =
+        tensor_read_bf16(e, &s->map, row_begin, row_count, col_begin, col_count, dst);
+    return status == STATUS_OK ? status : fail_prefix(status, "%s", src->path);
+}
+
+static void gguf_source_ahead(const source *src, const char *name, int64_t row_begin,
+                              int64_t row_count) {
+    const struct gguf_source *s = (const struct gguf_source *)src;
+    bool permuted;
+    const struct tensor_entry *e = lookup(s, name, &permuted);
+    if (!e || !e->type) return; /* whoever reads it will be told */
     size_t n;
     const uint8_t *rows = tensor_rows(e, row_begin, row_count, &n);
-    file_map_forget(&((const struct gguf_source *)src)->map, rows, n);
-    return STATUS_OK;
+    file_map_ahead(&s->map, rows, n);
 }
 
 static void gguf_source_forget(source *src) {
@@ -136,6 +165,8 @@ static void gguf_source_close(source *src) {
 static const struct source_ops gguf_ops = {.kind = "gguf",
                                            .find = gguf_source_find,
                                            .read = gguf_source_read,
+                                           .read_bf16 = gguf_source_read_bf16,
+                                           .ahead = gguf_source_ahead,
                                            .forget = gguf_source_forget,
                                            .close = gguf_source_close};
 

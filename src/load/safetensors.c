@@ -272,7 +272,8 @@ static bool safetensors_find(const source *src, const char *name, struct source_
     const struct safetensors_source *s = (const struct safetensors_source *)src;
     const struct tensor_entry *e = tensor_table_find(&s->table, name);
     if (!e) return false;
-    *out = (struct source_tensor){e->rows, e->cols, e->type_name, e->bytes};
+    *out =
+        (struct source_tensor){e->rows, e->cols, e->type_name, e->bytes, .bf16 = tensor_is_bf16(e)};
     return true;
 }
 
@@ -298,6 +299,30 @@ static enum status safetensors_read(source *src, const char *name, int64_t row_b
     }
     file_map_forget(&s->maps[e->file], rows, n);
     return STATUS_OK;
+}
+
+static enum status safetensors_read_bf16(source *src, const char *name, int64_t row_begin,
+                                         int64_t row_count, int64_t col_begin, int64_t col_count,
+                                         bf16 *dst) {
+    const struct safetensors_source *s = (const struct safetensors_source *)src;
+    const struct tensor_entry *e = tensor_table_find(&s->table, name);
+    ASSERT(e && tensor_is_bf16(e));
+    ASSERT(row_begin >= 0 && row_count >= 0 && row_begin + row_count <= e->rows);
+    ASSERT(col_begin >= 0 && col_count >= 0 && col_begin + col_count <= e->cols);
+    const enum status status =
+        tensor_read_bf16(e, &s->maps[e->file], row_begin, row_count, col_begin, col_count, dst);
+    if (status == STATUS_OK) return STATUS_OK;
+    return fail_prefix(status, "%s/%s", src->path, s->file_names[e->file]);
+}
+
+static void safetensors_ahead(const source *src, const char *name, int64_t row_begin,
+                              int64_t row_count) {
+    const struct safetensors_source *s = (const struct safetensors_source *)src;
+    const struct tensor_entry *e = tensor_table_find(&s->table, name);
+    if (!e || !e->type) return; /* whoever reads it will be told */
+    size_t n;
+    const uint8_t *rows = tensor_rows(e, row_begin, row_count, &n);
+    file_map_ahead(&s->maps[e->file], rows, n);
 }
 
 static bool safetensors_block_scales(const source *src, const char *name, int64_t row_begin,
@@ -332,6 +357,8 @@ static void safetensors_close(source *src) {
 static const struct source_ops safetensors_ops = {.kind = "safetensors",
                                                   .find = safetensors_find,
                                                   .read = safetensors_read,
+                                                  .read_bf16 = safetensors_read_bf16,
+                                                  .ahead = safetensors_ahead,
                                                   .block_scales = safetensors_block_scales,
                                                   .forget = safetensors_forget,
                                                   .read_text = safetensors_read_text,

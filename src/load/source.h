@@ -17,6 +17,7 @@
 #include <stdbool.h>
 #include <stdint.h>
 
+#include "base/bf16.h"
 #include "base/check.h"
 #include "load/config.h"
 
@@ -27,6 +28,7 @@ struct source_tensor {
     int64_t rows, cols;
     const char *dtype_name; /* "BF16", "Q4_1", for messages and `inspect` */
     int64_t file_bytes;     /* bytes it takes in the file */
+    bool bf16;              /* its rows lie in the file as bf16, in this order */
 };
 
 struct source_ops {
@@ -37,6 +39,11 @@ struct source_ops {
      * dequantised. The range must lie inside the tensor (ASSERT). STATUS_MODEL when unreadable. */
     enum status (*read)(source *s, const char *name, int64_t row_begin, int64_t row_count,
                         int64_t col_begin, int64_t col_count, float *dst);
+    /* The same, as the bf16 numbers that the file holds; only of tensors that say bf16. */
+    enum status (*read_bf16)(source *s, const char *name, int64_t row_begin, int64_t row_count,
+                             int64_t col_begin, int64_t col_count, bf16 *dst);
+    /* These rows will be read soon: the disk may begin. NULL: there is none. */
+    void (*ahead)(const source *s, const char *name, int64_t row_begin, int64_t row_count);
     /* fp8 weights: scales[ceil(col_count / 128)] of these rows, in steps of 128 columns from
      * col_begin. False when the file does not keep them so. NULL: it never does. */
     bool (*block_scales)(const source *s, const char *name, int64_t row_begin, int64_t row_count,

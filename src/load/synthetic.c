@@ -161,7 +161,10 @@ static bool find_recipe(const struct model_config *c, const char *name, struct r
 static bool synthetic_find(const source *src, const char *name, struct source_tensor *out) {
     struct recipe r;
     if (!find_recipe(&src->config, name, &r)) return false;
-    *out = (struct source_tensor){r.rows, r.cols, "synthetic", 2 * r.rows * r.cols};
+    *out = (struct source_tensor){.rows = r.rows,
+                                  .cols = r.cols,
+                                  .dtype_name = "synthetic",
+                                  .file_bytes = 2 * r.rows * r.cols};
     return true;
 }
 

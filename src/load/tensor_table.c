@@ -165,6 +165,23 @@ const uint8_t *tensor_rows(const struct tensor_entry *entry, int64_t row_begin, 
     return entry->data + row_begin * row_bytes;
 }
 
+bool tensor_is_bf16(const struct tensor_entry *entry) {
+    return entry->type && strcmp(entry->type->name, "BF16") == 0;
+}
+
+enum status tensor_read_bf16(const struct tensor_entry *entry, const struct file_map *map,
+                             int64_t row_begin, int64_t row_count, int64_t col_begin,
+                             int64_t col_count, bf16 *dst) {
+    size_t n;
+    const uint8_t *rows = tensor_rows(entry, row_begin, row_count, &n);
+    if (col_count == entry->cols) return file_map_read(map, rows, n, dst);
+    for (int64_t r = 0; r < row_count; r++) {
+        const uint8_t *from = rows + (r * entry->cols + col_begin) * (int64_t)sizeof(bf16);
+        TRY(file_map_read(map, from, (size_t)col_count * sizeof(bf16), dst + r * col_count));
+    }
+    return STATUS_OK;
+}
+
 static void decode_row(const struct tensor_entry *entry, int64_t row, int64_t col_begin,
                        int64_t col_count, float *dst) {
     const struct dequant_type *type = entry->type;

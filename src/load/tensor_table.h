@@ -10,9 +10,11 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "base/bf16.h"
 #include "base/check.h"
 #include "load/config.h"
 #include "load/dequant.h"
+#include "load/file.h"
 
 enum { TENSOR_COUNT_MAX = 1 << 18, TENSOR_NAME_BYTES_MAX = 256, TENSOR_COLUMNS_MAX = INT32_MAX };
 
@@ -50,6 +52,11 @@ enum config_dtype tensor_table_dtype(const struct tensor_table *table);
 /* The bytes of rows [row_begin, +row_count) in the file. */
 const uint8_t *tensor_rows(const struct tensor_entry *entry, int64_t row_begin, int64_t row_count,
                            size_t *n);
+bool tensor_is_bf16(const struct tensor_entry *entry);
+/* dst[row_count][col_count] of a bf16 tensor of that file. STATUS_MODEL when it cannot be read. */
+enum status tensor_read_bf16(const struct tensor_entry *entry, const struct file_map *map,
+                             int64_t row_begin, int64_t row_count, int64_t col_begin,
+                             int64_t col_count, bf16 *dst);
 /* One row: dst[col_count] = columns [col_begin, +col_count) of row `row`. The entry must have a
  * type. */
 void tensor_read_row(const struct tensor_entry *entry, int64_t row, int64_t col_begin,

@@ -84,7 +84,7 @@ def test_bench_load_measures_loading_beside_reading(folders):
     facts = json.loads(result.out.decode().splitlines()[-1])
     assert facts["file_bytes"] == (folders("block")[0] / "model.safetensors").stat().st_size
     for name in ("hot", "cold"):
-        for key in ("read_gbs", "load_gbs", "ratio"):
+        for key in ("read_gbs", "fill_gbs", "load_gbs", "load_of_read", "load_of_fill"):
             assert 0 < facts[name][key]["min"] <= facts[name][key]["median"] <= facts[name][key]["max"]
 
 
