@@ -178,15 +178,13 @@ static void on_nothing_to_do(evutil_socket_t fd, short what, void *user) {
     call *c = user;
     (void)fd;
     (void)what;
-    const struct engine_event done = {.kind = ENGINE_FINISHED, .finish = FINISH_REASON_LENGTH};
-    for (int i = 0; i < c->choice_count && c->state == CALL_LIVE; i++) {
-        struct stream_delta last;
-        c->busy = true;
-        if (reply_finish(c->choices[i].reply, &done, &last) == STATUS_OK) {
-            c->front->finish(c->user, c, i, &last);
-        }
-        c->busy = false;
+    c->busy = true;
+    for (int p = 0; p < c->body.prompt_count && c->state == CALL_LIVE; p++) {
+        const int64_t tokens = c->body.prompts[p].count;
+        metric_add(c->service->metrics, METRIC_prompt_tokens, 0, (uint64_t)tokens);
+        call_finish_echoes(c, p);
     }
+    c->busy = false;
     if (c->state == CALL_LIVE) {
         call_end(c, NULL);
     } else {

@@ -25,7 +25,9 @@ static void note_start(call *c, struct ticket *t) {
     if (t->started) return;
     t->started = true;
     const int64_t tokens = t->request.prompt.count;
-    metric_add(s->metrics, METRIC_prompt_tokens, 0, (uint64_t)tokens);
+    /* once a prompt, as in its usage: one that is scored and then continued has two tickets */
+    const bool again = t->request.score && c->body.prompts[t->prompt].max_tokens > 0;
+    if (!again) metric_add(s->metrics, METRIC_prompt_tokens, 0, (uint64_t)tokens);
     s->waiting_tokens -= tokens;
     c->tokens -= tokens;
 }
@@ -105,8 +107,9 @@ static void on_scored(call *c, struct ticket *t, const struct engine_event *e) {
 
 /* ---- ends ---- */
 
-/* Choices that only echo have no sequence of their own: they end when their prompt is scored. */
-static void finish_echoes(call *c, int prompt) {
+/* Choices that only echo have no sequence of their own: they end when their prompt is scored, or at
+ * once. */
+void call_finish_echoes(call *c, int prompt) {
     const struct engine_event done = {.kind = ENGINE_FINISHED, .finish = FINISH_REASON_LENGTH};
     const int n = c->body.request.choices;
     for (int i = prompt * n; i < (prompt + 1) * n && c->state == CALL_LIVE; i++) {
@@ -127,7 +130,7 @@ static void on_finished(call *c, struct ticket *t, const struct engine_event *e)
             fail(STATUS_BUG, "the engine gave up scoring a prompt");
             fail_call(c);
         } else if (c->body.prompts[t->prompt].max_tokens == 0) {
-            finish_echoes(c, t->prompt);
+            call_finish_echoes(c, t->prompt);
         }
         return;
     }

@@ -101,8 +101,11 @@ struct ticket *ticket_find(service *s, uint64_t id);
 void call_send_cancel(service *s, const struct ticket *t, int choice);
 void choice_enter(call *c, struct choice *choice, enum choice_phase phase);
 
+/* events.c */
+/* All choices of a prompt that is only echoed. */
+void call_finish_echoes(call *c, int prompt);
+
 /* record.c */
-enum record_end { RECORD_COMPLETE, RECORD_REFUSED, RECORD_GONE };
 void record_choice(call *c, struct choice *choice);
 /* It never got to the engine. */
 void record_refused(const char *request_id, const char *trace_id, const struct refused *why);

@@ -186,6 +186,28 @@ def test_R13_totals_are_the_sum_of_usage(server):
     assert after['sfumato:http_requests_total{handler="chat",method="POST",status="2xx"}'] >= 500
 
 
+def test_R13_totals_of_echoed_prompts(server):
+    """Echoed alone, scored, or scored and continued: a prompt counts once, and its end is no abort."""
+    before = server.metrics()
+    sums = dict(prompt=0, completion=0, choices=0)
+    for i, fields in enumerate(({"max_tokens": 0}, {"max_tokens": 0, "logprobs": 1}, {"max_tokens": 2, "logprobs": 1}, {"max_tokens": 2})):
+        answer = server.complete(["Tom has", "a b c d"], echo=True, n=1 + i % 2, **fields)
+        sums["prompt"] += answer["usage"]["prompt_tokens"]
+        sums["completion"] += answer["usage"]["completion_tokens"]
+        sums["choices"] += len(answer["choices"])
+    server.settle()
+    after = server.metrics()
+
+    def grown(name):
+        return sum(after[k] - before[k] for k in after if k.split("{")[0] == "sfumato:" + name)
+
+    assert grown("prompt_tokens_total") == sums["prompt"] > 0
+    assert grown("generation_tokens_total") == sums["completion"] > 0
+    assert grown("request_success_total") == grown("request_generation_tokens_count") == sums["choices"]
+    ended = {reason: after[f'sfumato:request_success_total{{finished_reason="{reason}"}}'] for reason in ("abort", "error")}
+    assert ended == {reason: before[f'sfumato:request_success_total{{finished_reason="{reason}"}}'] for reason in ended}
+
+
 def test_R13_one_line_a_request(server):
     server.call("POST", "/v1/chat/completions", chat("SECRET PROMPT", max_tokens=3), {"X-Request-Id": "line-1"})
     server.wait_line("line-1")
