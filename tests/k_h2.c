@@ -60,7 +60,7 @@ static struct client {
         size_t n; /* all bytes, also those not kept */
         bool closed;
         uint32_t error;
-    } answers[STREAMS];
+    } answers[STREAMS + 1];
     int goaways;
     int32_t goaway_last[4];
     uint32_t goaway_error;
@@ -432,6 +432,25 @@ static void test_idle(void) {
     tear_down();
 }
 
+/* As many streams at once as the settings say; one more is refused and may be tried again. */
+static void test_streams(void) {
+    const nghttp2_nv head[] = {FIELD(":method", "POST"), FIELD(":scheme", "http"),
+                               FIELD(":path", "/a.B/C"), FIELD(":authority", "localhost"),
+                               FIELD("content-type", "application/grpc")};
+    set_up();
+    for (int i = 0; i <= STREAMS; i++) { /* before the client has seen the server's settings */
+        CU_ASSERT(nghttp2_submit_headers(client.session, NGHTTP2_FLAG_NONE, -1, NULL, head, 5,
+                                         NULL) >= 0);
+    }
+    exchange();
+    CHECK_EQ(handled.opened, STREAMS);
+    for (int i = 0; i < STREAMS; i++) CU_ASSERT(!client.answers[i].closed);
+    CU_ASSERT(client.answers[STREAMS].closed);
+    CHECK_EQ(client.answers[STREAMS].error, NGHTTP2_REFUSED_STREAM);
+    CU_ASSERT(!client.gone);
+    tear_down();
+}
+
 /* An answer that nobody takes goes after idle_seconds: the window stays shut, or the socket full. */
 static void test_unread(void) {
     static uint8_t large[1 << 20];
@@ -498,6 +517,7 @@ const struct suite_case suite_cases[] = {
     {"drain: two goodbyes, running streams complete", test_drain},
     {"drain: a request on its way is served", test_drain_race},
     {"idle connections and requests that do not arrive", test_idle},
+    {"streams at once", test_streams},
     {"answers that nobody reads", test_unread},
     {"too many pings", test_ping_flood},
     {"another protocol on the port", test_not_http2},
