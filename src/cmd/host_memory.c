@@ -87,14 +87,22 @@ static enum status look_for_room(const struct host *h, int64_t left, int sharers
 
 /* Looks before each part: once memory is short, the system kills instead of refusing. */
 static enum status take_parts(struct host *h) {
-    enum { PART_BYTES = 1 << 30 };
+    enum { PART_BYTES = 1 << 28 };
     const int64_t all = (int64_t)h->backend->kv_bytes;
     const int parts = (int)(1 + all / PART_BYTES);
+    enum status status = STATUS_OK;
+    struct progress progress;
+    progress_begin(&progress, "taking memory for the KV cache", all,
+                   h->rank == 0 && !h->params.quiet);
     for (int p = 0; p < parts; p++) {
-        TRY(look_for_room(h, all - all / parts * p, 1)); /* others may have less left, or more */
-        TRY(h->backend->ops->kv_take(h->backend, p, parts));
+        /* others may have less left, or more */
+        TRY_GOTO(look_for_room(h, all - all / parts * p, 1), out);
+        TRY_GOTO(h->backend->ops->kv_take(h->backend, p, parts), out);
+        progress_update(&progress, all / parts * (p + 1), NULL);
     }
-    return STATUS_OK;
+out:
+    progress_end(&progress);
+    return status;
 }
 
 enum status host_take_pages(struct host *h) {
