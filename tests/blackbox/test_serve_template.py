@@ -178,5 +178,14 @@ def test_grpc_tokenize(model):
             future = call.future(request)
             future.cancel()
             assert len(call(request, timeout=30)) > 3
+            kwargs = json.dumps(ENDLESS).encode()
+            endless = request + b"\x3a" + bytes([len(kwargs)]) + kwargs  # TokenizeRequest{chat_template_kwargs}
+            begin = time.monotonic()
+            for _ in range(4):  # RST_STREAM stops a render that runs: each would take 5 s
+                future = call.future(endless)
+                time.sleep(0.3)
+                future.cancel()
+                assert len(call(request, timeout=30)) > 3
+            assert time.monotonic() - begin < 12
         slow.join(30)
         assert slow.answer[0] == 200
