@@ -277,15 +277,15 @@ static void test_deadline(void) {
     struct job jobs[] = {{.scenario = "late-1",
                           .path = "auto",
                           .exit_code = 6,
-                          .text = "all-reduce 11 for rank 1, which"},
+                          .text = "all-reduce 11 for rank 1 on "},
                          {.scenario = "late-1",
                           .path = "mpi",
                           .exit_code = 6,
-                          .text = "all-reduce 11 for rank 1, which"},
+                          .text = "all-reduce 11 for rank 1 on "},
                          {.scenario = "late-0",
                           .path = "auto",
                           .exit_code = 6,
-                          .text = "all-reduce 11 for rank 0, which"}};
+                          .text = "all-reduce 11 for rank 0 on "}};
     RUN(jobs);
 }
 

@@ -2,6 +2,7 @@
 #include "base/progress.h"
 
 #include <math.h>
+#include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -78,6 +79,13 @@ static void draw_bar(struct progress *p, int64_t done, const char *note, double 
     if (n > 0 && write(STDERR_FILENO, line, (size_t)(n < 255 ? n : 255)) < 0) p->shown = false;
     p->drawn = true;
 }
+
+static _Atomic uint64_t current_step;
+
+void progress_at_step(uint64_t step) {
+    atomic_store_explicit(&current_step, step, memory_order_relaxed);
+}
+uint64_t progress_step(void) { return atomic_load_explicit(&current_step, memory_order_relaxed); }
 
 void progress_update(struct progress *p, int64_t done, const char *note) {
     if (!p->shown) return;

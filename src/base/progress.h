@@ -18,6 +18,11 @@ struct progress {
     int last_tenth;
 };
 
+/* The number of the plan this process is at or was at last, for what is said when the job ends. Any
+ * thread. */
+void progress_at_step(uint64_t step);
+uint64_t progress_step(void);
+
 double progress_clock(void); /* seconds, monotonic */
 /* Whether what is written to this descriptor (1 or 2) ends on a terminal. Under mpirun rank 0's standard
  * output is a pseudo-terminal whatever mpirun's own is, so mpirun's descriptor is asked. */

@@ -67,7 +67,7 @@ enum status host_join(struct host *h, const struct command *command, int argc, c
     fault_sleep("init-delay");
     TRY(comm_open(&argc, &argv, &h->comm));
     watch_enter(&starting, 0);
-    watch_joined(comm_local_size(h->comm));
+    watch_joined(h->comm);
     h->rank = comm_rank(h->comm);
     h->ranks = comm_size(h->comm);
     h->shard_rank = h->rank;

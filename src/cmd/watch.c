@@ -1,16 +1,18 @@
 /* watch.c: see watch.h.
  *
  *   every 100 ms:  stage over its limit? ─┐
- *                  a sibling in state T?  ─┴─► one line ─► hook (rank 0: error events) ─► _exit
+ *                  a sibling in state T?  ─┼─► one line ─► hook (rank 0: error events) ─► _exit
+ *                  another host silent?   ─┘
  *
  * Siblings are the children of the launcher, known by their parent in /proc/N/stat; their ranks
  * stand in their environment. A stop is counted in looks, not in time, so that a job that was
- * suspended and resumed as a whole is not taken for one with a rank missing.
+ * suspended and resumed as a whole is not taken for one with a rank missing; silence likewise.
  */
 #include "cmd/watch.h"
 
 #include <dirent.h>
 #include <poll.h>
+#include <signal.h>
 #include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -21,13 +23,16 @@
 
 #include "base/log.h"
 #include "base/progress.h"
+#include "cmd/beat.h"
 
-enum { LOOK_MS = 100, SIBLINGS_MAX = 64, LATER_SECONDS = 2, LIMIT_LATER_SECONDS = 3 };
-#define MARGIN_SECONDS 0.5 /* a step's own deadline, with the better message, comes first */
+enum { LOOK_MS = 100, RANKS_MAX = 64, LATER_SECONDS = 2, LIMIT_LATER_SECONDS = 3 };
+/* The launcher's SIGTERM comes a second after a rank was lost. */
+enum { GONE_LOOKS = 3, SILENT_LOOKS = 5 };
+#define MARGIN_SECONDS 0.2 /* a step's own deadline, with the better message, comes first */
 
 struct sibling {
     pid_t pid;
-    int rank, stopped_looks;
+    int rank, stopped_looks, gone_looks;
 };
 
 static struct {
@@ -35,12 +40,17 @@ static struct {
     bool running;
     int stop_fd; /* an eventfd: readable when the thread shall end */
     int rank;
+    bool is_spread; /* over several hosts */
     double seconds;
     pid_t launcher;
     char host[64];
-    struct sibling siblings[SIBLINGS_MAX];
+    struct sibling siblings[RANKS_MAX];
     int sibling_count;
-    _Atomic int expected; /* siblings there must be; -1: not known yet */
+    _Atomic int expected; /* siblings there must be; -1: not known yet, as the next three */
+    int rank_count;
+    char hosts[RANKS_MAX][64];
+    bool speaks; /* first of its host, rank 0 left aside; until it has, or was stopped itself */
+    double last_look;
     _Atomic(const struct watch_stage *) stage;
     _Atomic double limit; /* clock; 0: none */
     _Atomic(void *) hook_user;
@@ -93,7 +103,7 @@ static bool is_known(pid_t pid) {
 static void find_siblings(void) {
     DIR *all = opendir("/proc");
     if (!all) return;
-    for (const struct dirent *d; (d = readdir(all)) && watch.sibling_count < SIBLINGS_MAX;) {
+    for (const struct dirent *d; (d = readdir(all)) && watch.sibling_count < RANKS_MAX;) {
         const pid_t pid = (pid_t)atoi(d->d_name), self = getpid();
         char state;
         pid_t parent;
@@ -112,33 +122,79 @@ static void leave(int exit_code, const char *text) {
     void (*const hook)(void *, int, const char *) = atomic_load(&watch.hook);
     log_failure(text);
     if (hook) hook(atomic_load(&watch.hook_user), exit_code, text);
+    if (watch.is_spread) comm_guard(watch.launcher);
     _exit(exit_code);
 }
 
-static void check_siblings(const char *stage) {
+/* "rank 1 on b: running, at step 7" */
+static const char *own_place(char text[160]) {
+    const struct watch_stage *stage = atomic_load(&watch.stage);
+    snprintf(text, 160, "rank %d on %s: %s, at step %llu", watch.rank, watch.host, stage->name,
+             (unsigned long long)progress_step());
+    return text;
+}
+
+static void check_siblings(void) {
     for (int i = 0; i < watch.sibling_count; i++) {
         struct sibling *s = &watch.siblings[i];
-        char state, text[320];
+        char state, text[480], place[160];
         pid_t parent;
         /* one that is gone is the launcher's business */
-        const bool stopped = read_state(s->pid, &state, &parent) && state == 'T';
-        s->stopped_looks = stopped ? s->stopped_looks + 1 : 0;
+        const bool gone = !read_state(s->pid, &state, &parent) || state == 'Z';
+        s->gone_looks = gone ? s->gone_looks + 1 : 0;
+        s->stopped_looks = !gone && state == 'T' ? s->stopped_looks + 1 : 0;
         double patience = watch.seconds + MARGIN_SECONDS;
         if (watch.rank > 0 && s->rank > 0) patience += LATER_SECONDS;
         if (1e-3 * LOOK_MS * s->stopped_looks < patience) continue;
-        snprintf(
-            text, sizeof text,
-            "rank %d on %s (process %d) has been stopped for %.1f s (rank %d: %s): stopping all "
-            "ranks",
-            s->rank, watch.host, (int)s->pid, watch.seconds, watch.rank, stage);
+        snprintf(text, sizeof text,
+                 "rank %d on %s (process %d) has been stopped for %.1f s (%s): stopping all ranks",
+                 s->rank, watch.host, (int)s->pid, watch.seconds, own_place(place));
         leave(STATUS_WATCHDOG, text);
+    }
+}
+
+static void check_hosts(void) {
+    beat_look();
+    for (int r = 0; r < watch.rank_count; r++) {
+        char text[480], place[160];
+        if (1e-3 * LOOK_MS * beat_silent_looks(r) < watch.seconds + MARGIN_SECONDS) continue;
+        snprintf(text, sizeof text,
+                 "rank %d on %s has not been heard from for %.1f s (%s): stopping all ranks", r,
+                 watch.hosts[r], watch.seconds, own_place(place));
+        leave(STATUS_WATCHDOG, text);
+    }
+}
+
+/* Only rank 0 knows why a job that serves is stopped, and says so: unless it is gone. Before the first
+ * step there is no number to tell. */
+static void speak_for_rank_0(void) {
+    sigset_t pending;
+    char place[160];
+    const double before = watch.last_look;
+    watch.last_look = progress_clock();
+    if (before > 0 && watch.last_look > before + 1) watch.speaks = false;
+    if (!watch.speaks || progress_step() == 0 || sigpending(&pending) != 0 ||
+        !sigismember(&pending, SIGTERM))
+        return;
+    watch.speaks = false;
+    bool gone = beat_silent_looks(0) >= SILENT_LOOKS;
+    for (int i = 0; i < watch.sibling_count; i++) {
+        gone |= watch.siblings[i].rank == 0 && watch.siblings[i].gone_looks >= GONE_LOOKS;
+    }
+    if (gone) {
+        log_error("rank 0 on %s is gone, the launcher ends the job (%s)", watch.hosts[0],
+                  own_place(place));
     }
 }
 
 static void check_limit(const struct watch_stage *stage) {
     const double limit = atomic_load(&watch.limit), now = progress_clock();
     char text[480];
-    if (limit == 0 || now < limit + (watch.rank > 0 ? LIMIT_LATER_SECONDS : 0)) return;
+    /* over hosts the launcher's own end takes longer */
+    const double later = watch.rank == 0   ? 0
+                         : watch.is_spread ? LATER_SECONDS
+                                           : LIMIT_LATER_SECONDS;
+    if (limit == 0 || now < limit + later) return;
     const struct sibling *stopped = NULL;
     for (int i = 0; i < watch.sibling_count && !stopped; i++) {
         if (watch.siblings[i].stopped_looks > 1) stopped = &watch.siblings[i];
@@ -158,11 +214,14 @@ static int look(void *unused) {
     (void)unused;
     struct pollfd stop = {.fd = watch.stop_fd, .events = POLLIN};
     while (poll(&stop, 1, LOOK_MS) <= 0) {
-        const struct watch_stage *stage = atomic_load(&watch.stage);
         const int expected = atomic_load(&watch.expected);
         if (expected < 0 || watch.sibling_count < expected) find_siblings();
-        check_limit(stage);
-        if (watch.seconds > 0) check_siblings(stage->name);
+        check_limit(atomic_load(&watch.stage));
+        if (watch.seconds == 0) continue;
+        check_siblings();
+        if (expected < 0) continue;
+        check_hosts();
+        speak_for_rank_0();
     }
     return 0;
 }
@@ -171,8 +230,10 @@ static int look(void *unused) {
 
 enum status watch_start(int rank, double seconds) {
     static const struct watch_stage starting = {"starting", "", STATUS_WATCHDOG};
-    if (!getenv("OMPI_COMM_WORLD_SIZE")) return STATUS_OK;
+    const char *all = getenv("OMPI_COMM_WORLD_SIZE"), *here = getenv("OMPI_COMM_WORLD_LOCAL_SIZE");
+    if (!all) return STATUS_OK;
     watch.rank = rank;
+    watch.is_spread = here && atoi(here) < atoi(all);
     watch.seconds = seconds;
     watch.launcher = getppid();
     atomic_store(&watch.expected, -1);
@@ -191,7 +252,16 @@ void watch_enter(const struct watch_stage *stage, double limit_seconds) {
     if (limit_seconds > 0) atomic_store(&watch.limit, progress_clock() + limit_seconds);
 }
 
-void watch_joined(int local_size) { atomic_store(&watch.expected, local_size - 1); }
+void watch_joined(comm *c) {
+    if (!watch.running) return;
+    watch.rank_count = comm_size(c);
+    watch.speaks =
+        watch.rank > 0 && comm_local_rank(c) == (comm_host_of(c, watch.rank) == 0 ? 1 : 0);
+    for (int r = 0; r < watch.rank_count; r++)
+        snprintf(watch.hosts[r], sizeof watch.hosts[r], "%s", comm_host_name(c, r));
+    if (watch.seconds > 0) beat_join(c);
+    atomic_store(&watch.expected, comm_local_size(c) - 1);
+}
 
 void watch_on_end(void (*hook)(void *user, int exit_code, const char *text), void *user) {
     atomic_store(&watch.hook, NULL);

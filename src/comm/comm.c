@@ -26,11 +26,18 @@ static bool started_by_launcher(void) {
     return false;
 }
 
+struct comm_place comm_place_here(int host) {
+    struct comm_place place = {.host = host};
+    if (gethostname(place.name, sizeof place.name - 1) != 0) strcpy(place.name, "?");
+    return place;
+}
+
 enum status comm_open(int *argc, char ***argv, comm **out) {
     comm *c = calloc(1, sizeof *c);
     if (!c) return fail(STATUS_MEMORY, "no memory to join the job");
     c->job = &comm_self_job;
     c->size = c->local_size = 1;
+    c->places[0] = comm_place_here(0);
     if (started_by_launcher()) {
         const enum status status = comm_mpi_join(c, argc, argv);
         if (status != STATUS_OK) {
@@ -48,6 +55,7 @@ enum status comm_open_alone(comm **out) {
     if (!c) return fail(STATUS_MEMORY, "no memory for a job of one");
     c->job = &comm_self_job;
     c->size = c->local_size = 1;
+    c->places[0] = comm_place_here(0);
     *out = c;
     return STATUS_OK;
 }
@@ -65,6 +73,8 @@ int comm_rank(const comm *c) { return c->rank; }
 int comm_size(const comm *c) { return c->size; }
 int comm_local_rank(const comm *c) { return c->local_rank; }
 int comm_local_size(const comm *c) { return c->local_size; }
+int comm_host_of(const comm *c, int rank) { return c->places[rank].host; }
+const char *comm_host_name(const comm *c, int rank) { return c->places[rank].name; }
 const char *comm_path_name(const comm *c) {
     return !c->path ? "none" : c->sums ? c->sums_path_name : c->path->name;
 }
@@ -322,6 +332,7 @@ _Noreturn void comm_abort(comm *c, int exit_code, const char *text) {
         usleep((useconds_t)c->rank * TURN_US);
         log_failure(text);
     }
+    if (c->local_size < c->size) comm_guard(c->parent);
     c->job->abort(c, exit_code);
     _exit(exit_code);
 }

@@ -52,6 +52,9 @@ int comm_rank(const comm *c);
 int comm_size(const comm *c);
 int comm_local_rank(const comm *c); /* among the ranks of this host */
 int comm_local_size(const comm *c);
+/* Of any rank: the lowest rank of its host, and that host's name. */
+int comm_host_of(const comm *c, int rank);
+const char *comm_host_name(const comm *c, int rank);
 /* "self", "window", "mpi"; with a device also how sums travel, as "nccl, window". For the log. */
 const char *comm_path_name(const comm *c);
 
@@ -127,5 +130,8 @@ void comm_times_get(const comm *c, struct comm_times *out);
 void comm_on_abort(comm *c, void (*hook)(void *user, int exit_code, const char *text), void *user);
 /* Ends every rank with this exit code; the text is printed once, here. */
 _Noreturn void comm_abort(comm *c, int exit_code, const char *text);
+/* Before this process leaves a failed job over several hosts: sees to it that its launcher (a process
+ * id) goes too, which otherwise waits for a host that no longer answers. Any thread. */
+void comm_guard(int launcher);
 
 #endif

@@ -144,6 +144,15 @@ static bool host_is_crowded(const struct mpi_job *job, int local_size) {
     return CPU_COUNT(&mine) > 0 && local_size > CPU_COUNT(&mine);
 }
 
+/* Collective: which ranks share a host (job->host is in the order of ranks), and its name. */
+static void find_places(comm *c) {
+    const struct mpi_job *job = c->job_state;
+    int host = c->rank;
+    MPI_Bcast(&host, 1, MPI_INT, 0, job->host);
+    const struct comm_place here = comm_place_here(host);
+    mpi_all_gather(c, &here, sizeof here, c->places);
+}
+
 /* Open MPI ends the ranks when one of them or mpirun dies. This also covers a launcher that was
  * killed before it could, and one that does not clean up. */
 static void die_with_parent(comm *c) {
@@ -201,6 +210,7 @@ enum status comm_mpi_join(comm *c, int *argc, char ***argv) {
         if (c->rank > 0) exit(status);
         return status;
     }
+    find_places(c);
     c->crowded = host_is_crowded(job, c->local_size);
     check_on_bug(abort_on_bug);
     die_with_parent(c);

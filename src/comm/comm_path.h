@@ -11,6 +11,7 @@
  *   comm_gpu.c     which GPU each rank has
  *   comm_tree.c    the sum itself
  *   comm_wait.c    how to wait: pause, yield, give up
+ *   comm_guard.c   a launcher that does not end
  *   comm_bench.c   `bench comm`
  *
  * A path is a const table, the instance last in its file. Start-up calls (all_gather, share) belong
@@ -74,6 +75,11 @@ struct comm_sums {
     void (*close)(comm *c);
 };
 
+struct comm_place {
+    int host; /* the lowest rank there */
+    char name[64];
+};
+
 struct comm {
     const struct comm_job *job;
     const struct comm_path *path;              /* NULL before comm_setup */
@@ -81,6 +87,7 @@ struct comm {
     void *job_state, *path_state, *sums_state; /* each known to the file that made it */
     char sums_path_name[48];                   /* "staged, window" */
     int rank, size, local_rank, local_size;
+    struct comm_place places[COMM_RANKS_MAX]; /* of every rank */
     bool crowded; /* more ranks than allowed cores on this host: yield at once */
     pid_t parent; /* the launcher's process here; 0: do not watch it */
     struct comm_config config;
@@ -106,6 +113,8 @@ enum status comm_fused_setup(comm *c); /* tries itself before it says OK */
 int comm_gpu_sharing(comm *c, int *first, int *second);
 enum status comm_gpu_reach(comm *c);
 
+/* Where this process runs. */
+struct comm_place comm_place_here(int host);
 /* comm_mpi.c: MPI_Init, ranks, hosts, cores. */
 enum status comm_mpi_join(comm *c, int *argc, char ***argv);
 

@@ -13,6 +13,7 @@
 #include <unistd.h>
 
 #include "base/log.h"
+#include "base/progress.h"
 #include "comm/comm_path.h"
 
 enum { SPIN_NS = 50 * 1000, SPIN_BURST = 32, WATCH_NS = 1000 * 1000 * 1000 };
@@ -68,10 +69,12 @@ bool comm_is_late(const comm *c, uint64_t waited_ns) {
 }
 
 _Noreturn void comm_give_up(comm *c, const char *operation, uint64_t number, int missing) {
-    char text[160];
-    snprintf(
-        text, sizeof text,
-        "rank %d waited %.1f s in %s %llu for rank %d, which has not arrived: stopping all ranks",
-        c->rank, c->config.timeout_seconds, operation, (unsigned long long)number, missing);
+    char text[320];
+    snprintf(text, sizeof text,
+             "rank %d on %s waited %.1f s at step %llu in %s %llu for rank %d on %s, which has not "
+             "arrived: stopping all ranks",
+             c->rank, c->places[c->rank].name, c->config.timeout_seconds,
+             (unsigned long long)progress_step(), operation, (unsigned long long)number, missing,
+             c->places[missing].name);
     comm_abort(c, STATUS_WATCHDOG, text);
 }

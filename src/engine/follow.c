@@ -5,6 +5,7 @@
  */
 #include "base/alloc_watch.h"
 #include "base/check.h"
+#include "base/progress.h"
 #include "engine/engine.h"
 #include "engine/run.h"
 #include "engine/step.h"
@@ -25,6 +26,7 @@ void engine_follow(model *m, comm *c, const struct engine_options *options) {
         struct plan_run run_plan;
         if (plan_view(bytes, n, &r.limits, &kind, &step, &probe, &batch, &run_plan) != STATUS_OK)
             comm_abort(c, STATUS_COMM, fail_text());
+        progress_at_step(step);
         if (kind == PLAN_STOP) break;
         if (kind == PLAN_STEP) step_forward(&r, &batch);
         if (kind == PLAN_FETCH) step_fetch(&r, &batch, probe);

@@ -18,6 +18,7 @@
 #include <unistd.h>
 
 #include "base/fault.h"
+#include "base/progress.h"
 #include "engine/engine_parts.h"
 
 enum {
@@ -67,6 +68,7 @@ static bool is_over(const struct run *run) {
 
 /* Waits for the answers of the next step. */
 static void read_step(struct step_rank *r, struct run *run) {
+    progress_at_step(run->number + (uint64_t)run->read);
     bool live = false, is_short = false;
     for (int i = 0; i < run->row_count; i++) {
         const struct run_answer *a = model_run_answer(r->model, run->read, i);

@@ -12,6 +12,7 @@
 #include <unistd.h>
 
 #include "base/fault.h"
+#include "base/progress.h"
 #include "kv/pages.h"
 
 enum {
@@ -115,12 +116,14 @@ void step_fini(struct step_rank *r) {
 
 void step_send(struct step_rank *r, enum plan_kind kind, uint64_t step, const struct batch *batch,
                int probe) {
+    progress_at_step(step);
     const size_t n = plan_encode(kind, step, batch, probe, r->plan, r->plan_capacity);
     comm_bcast(r->comm, r->plan, n, NULL);
 }
 
 void step_send_run(struct step_rank *r, uint64_t step, const struct batch *batch,
                    const struct plan_run *run) {
+    progress_at_step(step);
     comm_bcast(r->comm, r->plan, plan_encode_run(step, batch, run, r->plan, r->plan_capacity),
                NULL);
 }

@@ -141,6 +141,8 @@ def lose(phase, victim, sent):
         text = server.text
         if sent == KILL:
             assert re.search(rf"process rank {victim} .* on node \S+ exited on signal 9", text)
+            if victim == 0 and phase in ("prefill", "decode", "idle"):
+                assert re.search(r"rank 0 on \S+ is gone.*rank 1 on \S+: running, at step \d+", text)
         if sent == STOP:
             assert status in (5, 6), status
             host = socket.gethostname()
