@@ -111,14 +111,17 @@ static int64_t free_of_limit(int resource, const char *taken_name) {
     return left > 0 ? left : 0;
 }
 
-int64_t free_memory(int sharers) {
+int64_t free_memory_of_host(int sharers) {
     const int64_t machine = read_number("/proc/meminfo", "MemAvailable:");
     const int64_t groups = free_memory_of_groups("/proc/self/cgroup", "/sys/fs/cgroup");
+    const int64_t least = machine < 0 ? INT64_MAX : machine * 1024;
+    return (groups < least ? groups : least) / sharers;
+}
+
+int64_t free_memory(int sharers) {
     const int64_t limits[] = {free_of_limit(RLIMIT_AS, "VmSize:"),
                               free_of_limit(RLIMIT_DATA, "VmData:")};
-    int64_t least = machine < 0 ? INT64_MAX : machine * 1024;
-    if (groups < least) least = groups;
-    least /= sharers;
+    int64_t least = free_memory_of_host(sharers);
     for (int i = 0; i < 2; i++) {
         if (limits[i] < least) least = limits[i];
     }

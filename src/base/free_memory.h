@@ -14,8 +14,11 @@
 
 #include <stdint.h>
 
-/* Bytes. sharers: processes of this host that take memory at the same time, this one included. */
+/* Bytes that can still be mapped and used. sharers: processes of this host that take memory at the same
+ * time, this one included. */
 int64_t free_memory(int sharers);
+/* Bytes that can be used of what is mapped already: ulimit has counted it. */
+int64_t free_memory_of_host(int sharers);
 
 /* Of the control groups alone; INT64_MAX: no limit. membership: /proc/self/cgroup; mount: where the
  * file systems are, /sys/fs/cgroup. For free_memory and its tests. */

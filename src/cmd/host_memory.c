@@ -79,7 +79,7 @@ static enum status own_pages(struct host *h, int64_t *pages, int64_t *available)
 
 /* left: bytes of the KV cache that are still to be taken; and scratch, which the first steps use. */
 static enum status look_for_room(const struct host *h, int64_t left, int sharers) {
-    const int64_t available = free_memory(sharers), scratch = h->need.scratch_bytes;
+    const int64_t available = free_memory_of_host(sharers), scratch = h->need.scratch_bytes;
     if (left + scratch <= available) return STATUS_OK;
     const int64_t room = available - scratch + (int64_t)h->backend->kv_bytes - left;
     return no_room(h, left + scratch, available, room > 0 ? room / h->need.kv_bytes_per_page : 0);

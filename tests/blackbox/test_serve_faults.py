@@ -351,6 +351,20 @@ def test_R7_too_little_memory():
         assert server.complete("Tom has", max_tokens=4, ignore_eos=True)["usage"]["completion_tokens"] == 4
 
 
+def test_R7_nearly_all_of_the_address_space():
+    """ulimit -v counts the pages once: most of what it leaves can be theirs."""
+    if SANITIZED:
+        pytest.skip("AddressSanitizer takes terabytes of address space")
+    limits = ["/bin/bash", "-c", 'ulimit -v 1000000; exec "$0" "$@"', str(BINARY)]
+    server = Server("--kv-memory", "950m", "--threads", "1", ranks=0, wrapper=limits, wait=False)
+    assert server.wait() == 4, server.lines
+    needed, free = map(float, re.search(r"a rank needs ([0-9.]+) MB, ([0-9.]+) MB are free", server.text).groups())
+    room = free - (needed - 950)
+    assert room > 300
+    with Server("--kv-memory", f"{int(0.7 * room)}m", "--threads", "1", ranks=0, wrapper=limits) as server:
+        assert server.complete("Tom has", max_tokens=4, ignore_eos=True)["usage"]["completion_tokens"] == 4
+
+
 def fill(server):
     """Many long sequences at once: every page of the cache is used."""
     bodies = [{"prompt": [5 + i] * 700, "max_tokens": 300, "ignore_eos": True} for i in range(40)]
