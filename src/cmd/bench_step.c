@@ -6,7 +6,8 @@
  * step time of the same round. The step is the whole path: plan, broadcast, forward, gather, think_step, with
  * B soft-thinking sequences of random prompts at the given context. Other ranks are told what to do by
  * one-word orders over comm_bcast; inside ORDER_FOLLOW the engine's own plans rule.
- * Every run ends with a hash of all decisions: speed work must not move it.
+ * Every run ends with a hash of the decisions of all warm-up steps, whose number does not depend on the
+ * clock: speed work must not move it.
  *
  * --rank-of R/N: one process holds what rank R of N would (shapes, slabs, pages), and nobody else is
  * there. Its ids are those of its own vocabulary rows, and a collective is a wait of --collective-us.
@@ -54,7 +55,8 @@ struct step_bench {
     double best_peak;
     struct bench_series floor_gbs;
     int64_t weight_bytes, peak_rss_bytes;
-    int64_t tokens; /* step events so far */
+    int64_t tokens;         /* step events so far */
+    uint64_t decision_hash; /* of warm-up steps */
     /* The ids of prompts: the vocabulary, or what there is of it. */
     uint32_t first_id, id_count;
 };
@@ -225,8 +227,15 @@ static enum status run_rounds(struct step_bench *b, struct batch_result *r) {
     return STATUS_OK;
 }
 
+static uint64_t decisions_so_far(const struct step_bench *b) {
+    struct engine_counters c;
+    engine_counters_get(b->engine, &c);
+    return c.decision_hash;
+}
+
 static enum status run_batch(struct step_bench *b, struct batch_result *r) {
     TRY(submit(b, r));
+    const uint64_t before = decisions_so_far(b);
     give_order(b->host, ORDER_FOLLOW, 0, 0);
     const int64_t first = b->tokens + r->batch, want = first + (int64_t)r->batch * WARM_STEPS;
     double start = progress_clock();
@@ -236,6 +245,7 @@ static enum status run_batch(struct step_bench *b, struct batch_result *r) {
     }
     const double step = (progress_clock() - start) / WARM_STEPS;
     engine_stop(b->engine);
+    b->decision_hash += decisions_so_far(b) - before;
     const int64_t room = b->steps_room / (b->host->params.rounds + 1) - AHEAD_MAX;
     double n = fmax(1, fmin(STEPS_MAX, ROUND_TARGET_MS * 1e-3 / (step + 1e-9)));
     r->steps_per_round = (int)fmin(n, (double)room);
@@ -270,7 +280,7 @@ static double soft_cost(const struct batch_result *soft, const struct batch_resu
 
 /* hard: beside results, NULL unless compared. */
 static void write_json(const struct step_bench *b, const struct batch_result *results,
-                       const struct batch_result *hard, uint64_t hash, struct json_writer *w) {
+                       const struct batch_result *hard, struct json_writer *w) {
     const struct host *h = b->host;
     char text[32];
     json_begin(w, '{');
@@ -329,7 +339,7 @@ static void write_json(const struct step_bench *b, const struct batch_result *re
     json_key(w, "peak_rss_bytes");
     json_write_int(w, b->peak_rss_bytes);
     json_key(w, "decision_hash");
-    snprintf(text, sizeof text, "%016llx", (unsigned long long)hash);
+    snprintf(text, sizeof text, "%016llx", (unsigned long long)b->decision_hash);
     json_write_text(w, text);
     json_end(w, '}');
     json_write_bytes(w, "\n", 1);
@@ -356,18 +366,16 @@ static enum status run_all(struct step_bench *b) {
     }
     getrusage(RUSAGE_SELF, &after);
     if (status == STATUS_OK) {
-        struct engine_counters c;
         char rss[32];
-        engine_counters_get(b->engine, &c);
         printf(
             "read floor %.2f GB/s, peak memory of a rank %s, %ld involuntary switches, decisions "
             "%016llx\n",
             bench_summarise(&b->floor_gbs).median, progress_bytes((double)b->peak_rss_bytes, rss),
-            after.ru_nivcsw - before.ru_nivcsw, (unsigned long long)c.decision_hash);
+            after.ru_nivcsw - before.ru_nivcsw, (unsigned long long)b->decision_hash);
         if (b->host->params.json) {
             struct json_writer w;
             json_writer_init(&w);
-            write_json(b, results, hard, c.decision_hash, &w);
+            write_json(b, results, hard, &w);
             fwrite(w.bytes, 1, w.n, stdout);
             json_writer_fini(&w);
         }
@@ -468,9 +476,13 @@ enum status bench_step(struct host *h) {
         obey(h);
         return STATUS_OK;
     }
-    const shard_map *shard = model_get_shard(h->model);
-    const int64_t begin = shard->vocab_begin[0], end = begin + shard_vocab_count(shard);
     const int64_t known = h->engine_options.vocab_count;
+    int64_t begin = 0, end = known;
+    if (h->params.rank_of) { /* a rank that is alone knows only its own */
+        const shard_map *shard = model_get_shard(h->model);
+        begin = shard->vocab_begin[0];
+        end = begin + shard_vocab_count(shard);
+    }
     b.first_id = (uint32_t)begin;
     b.id_count = (uint32_t)((end < known ? end : known) - begin);
     if (begin >= known) {

@@ -100,6 +100,8 @@ def test_bench_step_smoke():
     assert facts["ranks"] == 2 and [b["batch"] for b in facts["batches"]] == [1, 3]
     for b in facts["batches"]:
         assert b["step_ms"]["min"] > 0 and 0 <= b["comm_share"] < 1 and 0 <= b["sampling_share"] < 1
+    again = launch("bench", "step", "--quiet", "--batch", "1,3", "--context", "20", "--rounds", "4", "--json")
+    assert json.loads(again.out.splitlines()[-1])["decision_hash"] == facts["decision_hash"]  # of a run with other rounds and ranks
     alone = launch("bench", "step", "--quiet", "--batch", "2", "--context", "20", "--rounds", "3", "--layers", "2",
                    "--dims", TINY / "config.json", model=None)
     assert alone.status == 0 and b"floor/step" in alone.out, alone.err
