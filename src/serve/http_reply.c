@@ -116,6 +116,12 @@ void http_stream_begin(struct exchange *x) {
     http_header(x, "Content-Type", "text/event-stream; charset=utf-8");
     http_header(x, "Cache-Control", "no-cache");
     http_header(x, "X-Accel-Buffering", "no");
+    if (x->request->major == 1 && x->request->minor == 0) {
+        /* HTTP/1.0 knows no chunks: the end of the connection ends the stream. libevent would keep
+         * the connection when asked to, and say Content-Length: 0. */
+        evhttp_remove_header(evhttp_request_get_input_headers(x->request), "Connection");
+        http_header(x, "Connection", "close");
+    }
     x->streaming = true;
     evhttp_send_reply_start(x->request, 200, reason_of(200));
 }

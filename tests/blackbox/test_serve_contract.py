@@ -338,6 +338,21 @@ def test_unknown_fields_are_said_once(server):
 # --- §4: replies ---
 
 
+@pytest.mark.parametrize("keep", [b"", b"Connection: keep-alive\r\n"])
+def test_stream_over_http_1_0(server, keep):
+    """No chunks there: the stream ends with the connection, whatever the client asked for."""
+    body = json.dumps(chat("Hi", stream=True, max_tokens=3)).encode()
+    with raw_socket(server) as s:
+        s.sendall(b"POST " + CHAT.encode() + b" HTTP/1.0\r\nHost: localhost\r\nContent-Type: application/json\r\n" + keep +
+                  b"Content-Length: %d\r\n\r\n" % len(body) + body)
+        answer = b""
+        while part := s.recv(65536):
+            answer += part
+    head, events = answer.split(b"\r\n\r\n", 1)
+    assert head.startswith(b"HTTP/1.0 200") and b"content-length" not in head.lower() and b"keep-alive" not in head.lower()
+    assert events.startswith(b"data: {") and events.endswith(b"data: [DONE]\n\n")
+
+
 def test_sse_headers_and_shape(server):
     connection = server.connect()
     connection.request("POST", CHAT, json.dumps(chat("Hi", stream=True, max_tokens=3, n=2)), {"Content-Type": "application/json", "X-Request-Id": "abc"})
