@@ -309,9 +309,15 @@ static ProtobufCBinaryData word(const char *text) {
     return (ProtobufCBinaryData){.len = strlen(text), .data = (uint8_t *)text};
 }
 
+static ProtobufCBinaryData word_of(const struct params *p, enum param_id id, arena *memory) {
+    const char *text = param_word(p, id), *kept = arena_strndup(memory, text, strlen(text));
+    return word(kept ? kept : "");
+}
+
 /* What a request gets that leaves everything out: taken from such a request. */
-static void fill_defaults(const struct think_params *t, Sfumato__V1__SoftThinking *m,
-                          Sfumato__V1__ColdStop *cold_stop) {
+static void fill_defaults(const struct body *b, const struct params *p, arena *memory,
+                          Sfumato__V1__SoftThinking *m, Sfumato__V1__ColdStop *cold_stop) {
+    const struct think_params *t = &b->request.think;
     m->mode_opt_case = SFUMATO__V1__SOFT_THINKING__MODE_OPT_MODE;
     m->mode = word(think_mode_name(t->mode));
     m->max_topk_opt_case = SFUMATO__V1__SOFT_THINKING__MAX_TOPK_OPT_MAX_TOPK;
@@ -337,6 +343,20 @@ static void fill_defaults(const struct think_params *t, Sfumato__V1__SoftThinkin
         m->budget_opt_case = SFUMATO__V1__SOFT_THINKING__BUDGET_OPT_BUDGET;
         m->budget = t->budget;
     }
+    m->start_opt_case = SFUMATO__V1__SOFT_THINKING__START_OPT_START;
+    m->start = word_of(p, PARAM_think_start, memory);
+    m->on_eos_opt_case = SFUMATO__V1__SOFT_THINKING__ON_EOS_OPT_ON_EOS;
+    m->on_eos = word_of(p, PARAM_on_eos, memory);
+    m->compat_opt_case = SFUMATO__V1__SOFT_THINKING__COMPAT_OPT_COMPAT;
+    m->compat = word_of(p, PARAM_compat, memory);
+    if (p->close_text) {
+        m->close_text_opt_case = SFUMATO__V1__SOFT_THINKING__CLOSE_TEXT_OPT_CLOSE_TEXT;
+        m->close_text = word(p->close_text);
+    }
+    m->share_thinking_opt_case = SFUMATO__V1__SOFT_THINKING__SHARE_THINKING_OPT_SHARE_THINKING;
+    m->share_thinking = b->request.share_thinking;
+    m->return_trace_opt_case = SFUMATO__V1__SOFT_THINKING__RETURN_TRACE_OPT_RETURN_TRACE;
+    m->return_trace = (uint32_t)b->trace_entries;
     m->gumbel_temperature_opt_case =
         SFUMATO__V1__SOFT_THINKING__GUMBEL_TEMPERATURE_OPT_GUMBEL_TEMPERATURE;
     m->gumbel_temperature = t->gumbel_temperature;
@@ -371,7 +391,7 @@ static void model_info(struct rpc *r, const uint8_t *bytes, size_t n) {
     m.think_close = text_of_id(facts->tokenizer, facts->close_id, &memory);
     m.system_fingerprint = (char *)service_fingerprint(r->site->service);
     if (body_parse(facts, probe, sizeof probe - 1, &b) == STATUS_OK) {
-        fill_defaults(&b.request.think, &defaults, &cold_stop);
+        fill_defaults(&b, facts->params, &memory, &defaults, &cold_stop);
         m.defaults = &defaults;
     }
     grpc_reply(r, &m);

@@ -262,6 +262,18 @@ static void write_defaults(const struct body_facts *facts, struct json_writer *w
     json_write_text(w, param_word(p, PARAM_think_start));
     json_key(w, "on_eos");
     json_write_text(w, param_word(p, PARAM_on_eos));
+    json_key(w, "close_text");
+    json_write_text(w, p->close_text);
+    json_key(w, "compat");
+    json_write_text(w, param_word(p, PARAM_compat));
+    json_key(w, "share_thinking");
+    json_write_bool(w, p->share_thinking);
+    json_key(w, "return_trace");
+    if (p->return_trace > 0) {
+        json_write_int(w, p->return_trace);
+    } else {
+        json_write_bool(w, false);
+    }
     json_key(w, "gumbel_temperature");
     json_write_real(w, p->gumbel_temperature);
     json_key(w, "dirichlet_alpha");

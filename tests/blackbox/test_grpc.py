@@ -202,7 +202,12 @@ def test_model_and_load(server, stubs, inference):
     assert info.max_model_len == models["data"][0]["max_model_len"]
     assert info.think_close == models["data"][0]["sfumato"]["think_close"]
     assert list(info.modes) == models["data"][0]["sfumato"]["modes"]
-    assert info.defaults.mode == b"soft" and info.defaults.max_topk == 10
+    told, defaults = info.defaults, models["data"][0]["sfumato"]["defaults"]
+    assert told.mode == b"soft" and told.max_topk == 10
+    for name in ("mode", "start", "on_eos", "compat", "share_thinking", "return_trace", "max_topk", "top_k"):
+        value = getattr(told, name)
+        assert (value.decode() if isinstance(value, bytes) else value) == defaults[name], name
+    assert not told.HasField("close_text") and defaults["close_text"] is None
     load = inference.Load(stubs.sfumato.LoadRequest())
     assert load.state == "ok" and load.running_max == 16 and load.tokens_max > 0
 

@@ -525,6 +525,23 @@ def test_cors(server):
         assert server.call("GET", "/health", headers={"Host": host})[0] == 200, host
 
 
+def test_defaults_that_flags_set():
+    """/v1/models tells what a request gets that says nothing, and such a request gets it."""
+    flags = {"close_text": "So", "compat": "none", "share_thinking": True, "return_trace": 2, "budget": 4, "max_topk": 3, "mode": "gumbel",
+             "start": "first_token", "on_eos": "finish", "temperature": 0.5}
+    options = [f"--{'think' if name == 'mode' else 'think-' + name if name in ('start', 'temperature') else name.replace('_', '-')}={value}"
+               for name, value in flags.items() if value is not True]
+    with Server(*options, "--share-thinking", ranks=0) as server:
+        told = server.get("/v1/models")[1]["data"][0]["sfumato"]["defaults"]
+        assert {name: told[name] for name in flags} == flags
+        choices = server.chat("Tom has 3 apples", n=2, max_tokens=12, ignore_eos=True)["choices"]
+        for choice in choices:
+            trace = choice["sfumato"]["trace"]
+            assert [r["phase"] for r in trace[:4]] == ["thinking"] * 4 and choice["sfumato"]["thinking_end"] == "budget"
+            assert choice["message"]["content"].startswith("So") and max(len(r.get("ids", [])) for r in trace) <= 2
+        assert choices[0]["message"]["reasoning"] == choices[1]["message"]["reasoning"]
+
+
 def test_listed_origins():
     """Clients of a browser send headers of their own, as openai-node does."""
     with Server("--allowed-origins", "https://a.example, http://b.example:3000", ranks=0) as server:
