@@ -49,7 +49,7 @@ static struct {
     _Atomic int expected; /* siblings there must be; -1: not known yet, as the next three */
     int rank_count;
     char hosts[RANKS_MAX][64];
-    bool speaks; /* first of its host, rank 0 left aside; until it has, or was stopped itself */
+    bool speaks; /* for rank 0 when that is gone; until it has, or was stopped itself */
     double last_look;
     _Atomic(const struct watch_stage *) stage;
     _Atomic double limit; /* clock; 0: none */
@@ -255,8 +255,11 @@ void watch_enter(const struct watch_stage *stage, double limit_seconds) {
 void watch_joined(comm *c) {
     if (!watch.running) return;
     watch.rank_count = comm_size(c);
+    /* the launcher gets to other hosts later, perhaps when rank 0 has said why and left: these speak
+     * only where rank 0 had no other rank beside it */
+    const int first = comm_host_of(c, watch.rank) == 0;
     watch.speaks =
-        watch.rank > 0 && comm_local_rank(c) == (comm_host_of(c, watch.rank) == 0 ? 1 : 0);
+        watch.rank > 0 && comm_local_rank(c) == first && (first == 1 || comm_host_of(c, 1) != 0);
     for (int r = 0; r < watch.rank_count; r++)
         snprintf(watch.hosts[r], sizeof watch.hosts[r], "%s", comm_host_name(c, r));
     if (watch.seconds > 0) beat_join(c);

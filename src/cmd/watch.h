@@ -12,7 +12,7 @@
  * to the main thread.
  *
  * When rank 0 has been killed, the launcher's SIGTERM (blocked where rank 0 serves, hence pending) is
- * the time to say at which step that was: one rank of each host does.
+ * the time to say at which step that was: the next rank of its host does, or the first of each other.
  *
  * Rank 0 goes first; others wait two seconds longer unless it is rank 0 that stands still. Alone
  * (no launcher) there is nothing to watch. Thread: as said; memory: static.
