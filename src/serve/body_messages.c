@@ -8,6 +8,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "base/json.h"
 #include "serve/body.h"
 #include "serve/fields.h"
 
@@ -18,40 +19,62 @@ static enum status wrong_message(size_t i, const char *member, const char *what)
 }
 
 /* Texts of several parts stand on lines of their own, as in vLLM and llama.cpp. */
-static enum status append_line(json_t **text, const char *more) {
-    json_t *joined =
-        *text ? json_sprintf("%s\n%s", json_string_value(*text), more) : json_string(more);
-    json_decref(*text);
-    *text = joined;
-    return joined ? STATUS_OK : fail(STATUS_MEMORY, "no memory for a message");
+struct lines {
+    struct json_writer text;
+    bool any;
+};
+
+static void append_line(struct lines *l, const json_t *more) {
+    if (l->any) json_write_bytes(&l->text, "\n", 1);
+    json_write_bytes(&l->text, json_string_value(more), json_string_length(more));
+    l->any = true;
 }
 
-/* content = [{"type":...}, ...]: text to *content, thinking to *reasoning. */
-static enum status flatten_parts(size_t i, const json_t *parts, bool assistant, json_t **content,
-                                 json_t **reasoning) {
+/* Without parts *out stays as it is. */
+static enum status join_lines(struct lines *l, json_t **out) {
+    if (!l->any) return STATUS_OK;
+    *out = l->text.failed ? NULL : json_stringn(l->text.n ? l->text.bytes : "", l->text.n);
+    return *out ? STATUS_OK : fail(STATUS_MEMORY, "no memory for a message");
+}
+
+/* content = [{"type":...}, ...], one by one: there may be as many as fit into a body. */
+static enum status read_parts(size_t i, const json_t *parts, bool assistant, struct lines *content,
+                              struct lines *reasoning) {
     size_t p;
     json_t *part;
     json_array_foreach(parts, p, part) {
         const char *type = json_string_value(json_object_get(part, "type"));
-        const char *text = NULL;
-        json_t **to = content;
+        const json_t *text = NULL;
+        struct lines *to = content;
         if (type && strcmp(type, "text") == 0) {
-            text = json_string_value(json_object_get(part, "text"));
+            text = json_object_get(part, "text");
         } else if (type && assistant && strcmp(type, "thinking") == 0) {
-            text = json_string_value(json_object_get(part, "thinking"));
+            text = json_object_get(part, "thinking");
             to = reasoning;
         } else if (type && assistant && strcmp(type, "reasoning") == 0) {
-            text = json_string_value(json_object_get(part, "text"));
+            text = json_object_get(part, "text");
             to = reasoning;
         }
-        if (!text) {
+        if (!json_is_string(text)) {
             return wrong_message(i, "content",
                                  assistant ? "text, thinking or reasoning parts with their text"
                                            : "text parts with their text");
         }
-        TRY(append_line(to, text));
+        append_line(to, text);
     }
     return STATUS_OK;
+}
+
+/* Text to *content, thinking to *reasoning. */
+static enum status flatten_parts(size_t i, const json_t *parts, bool assistant, json_t **content,
+                                 json_t **reasoning) {
+    struct lines text = {0}, thinking = {0};
+    enum status status = read_parts(i, parts, assistant, &text, &thinking);
+    if (status == STATUS_OK) status = join_lines(&text, content);
+    if (status == STATUS_OK) status = join_lines(&thinking, reasoning);
+    json_writer_fini(&text.text);
+    json_writer_fini(&thinking.text);
+    return status;
 }
 
 static enum status flatten_message(size_t i, const json_t *message, json_t *out) {
