@@ -452,9 +452,9 @@ def test_R7_kv_memory_for_too_short_a_context():
 
 @pytest.fixture
 def wide(tmp_path):
-    """models/tiny with a feed-forward part 128 times as wide, all zeros: big enough to take some steps to load, and a
+    """models/tiny with a feed-forward part 21 times as wide, all zeros: big enough to take some steps to load, and a
     file with a hole, so that it costs no disk."""
-    width, raw = 49152, (TINY / "model.safetensors").read_bytes()
+    width, raw = 8192, (TINY / "model.safetensors").read_bytes()
     header = json.loads(raw[8 : 8 + struct.unpack("<Q", raw[:8])[0]])
     at = 0
     for name, entry in header.items():
@@ -480,7 +480,7 @@ def test_R6_progress_never_falls(wide):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
     small = ("--max-num-batched-tokens", "32", "--max-num-seqs", "4")
-    server = Server("--port", port, *small, ranks=0, model=wide, wait=False, env={"SFUMATO_FAULT": "load-delay:0:400"})
+    server = Server("--port", port, *small, ranks=0, model=wide, wait=False, env={"SFUMATO_FAULT": "load-delay:0:100"})
     try:
         server.port = port
         seen, began = [], time.monotonic()
