@@ -123,6 +123,18 @@ def test_parked_requests_are_counted(server):
     server.settle()
 
 
+def test_the_queue_of_templates_is_bounded(server):
+    """Also for routes that hold no sequence: 48 wait, one of which runs, and no more."""
+    slow = Background(server.post, "/tokenize", chat("Hi", chat_template_kwargs={"slow": 10}))
+    time.sleep(0.3)
+    many = [Background(server.call, "POST", path, chat("Hi")) for path in ("/tokenize", "/apply-template") for _ in range(26)]
+    for m in [slow, *many]:
+        m.join(60)
+    assert slow.answer[0] == 200 and sorted(m.answer[0] for m in many) == [200] * 47 + [503] * 5
+    for _, headers, body in (m.answer for m in many if m.answer[0] == 503):
+        assert json.loads(body)["error"]["code"] == "server_overloaded" and int(headers["retry-after"]) >= 1
+
+
 def test_replies_are_the_same(server):
     body = chat("Tom has 3 pens. Tom buys 4 more. How many pens does Tom have now?", seed=3, max_tokens=80)
     texts = {json.dumps(server.post("/v1/chat/completions", {**body, "chat_template_kwargs": {"slow": n}})[1]["choices"])
