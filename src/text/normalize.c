@@ -71,19 +71,96 @@ static bool is_ascii(const char *s, size_t n) {
     return any < 0x80;
 }
 
+/* ---- normal forms ----
+ *
+ * utf8proc_map would do, but it orders marks by exchanging neighbours: of a text that is a long run of
+ * marks it makes seconds, squared. So its parts are called one by one, with an ordering in between. */
+
+struct codes {
+    utf8proc_int32_t *at; /* one more than capacity: utf8proc_reencode ends the text with a NUL */
+    size_t n, capacity;
+};
+
+static int class_of(utf8proc_int32_t code) { return utf8proc_get_property(code)->combining_class; }
+
+static enum status reserve(struct codes *c, size_t more) {
+    if (c->capacity - c->n >= more) return STATUS_OK;
+    const size_t capacity = 2 * c->capacity + more;
+    void *grown = realloc(c->at, (capacity + 1) * sizeof *c->at);
+    if (!grown) return fail(STATUS_MEMORY, "no memory to normalize a text");
+    c->at = grown;
+    c->capacity = capacity;
+    return STATUS_OK;
+}
+
+static enum status decompose(const struct text_buffer *text, utf8proc_option_t options,
+                             struct codes *out) {
+    enum { ONE_MAX = 32 }; /* no character becomes more than 18 */
+    int boundary = UTF8PROC_BOUNDCLASS_START;
+    for (size_t i = 0; i < text->n;) {
+        utf8proc_int32_t code;
+        const utf8proc_ssize_t step = utf8proc_iterate((const utf8proc_uint8_t *)text->bytes + i,
+                                                       (utf8proc_ssize_t)(text->n - i), &code);
+        if (step <= 0) return fail(STATUS_REQUEST, "a text to normalize is not UTF-8");
+        TRY(reserve(out, ONE_MAX));
+        const utf8proc_ssize_t n =
+            utf8proc_decompose_char(code, out->at + out->n, ONE_MAX, options, &boundary);
+        ASSERT(n >= 0 && n <= ONE_MAX);
+        out->n += (size_t)n;
+        i += (size_t)step;
+    }
+    return STATUS_OK;
+}
+
+/* Sorts n marks by class, equal ones in their order. space: room for n. */
+static void order_run(utf8proc_int32_t *run, size_t n, utf8proc_int32_t *space) {
+    enum { SHORT = 16, CLASSES = 256 };
+    size_t begin[CLASSES + 1] = {0};
+    if (n <= SHORT) {
+        for (size_t i = 1; i < n; i++) {
+            const utf8proc_int32_t code = run[i];
+            size_t k = i;
+            for (; k > 0 && class_of(run[k - 1]) > class_of(code); k--) run[k] = run[k - 1];
+            run[k] = code;
+        }
+        return;
+    }
+    for (size_t i = 0; i < n; i++) begin[class_of(run[i]) + 1]++;
+    for (int c = 0; c < CLASSES; c++) begin[c + 1] += begin[c];
+    for (size_t i = 0; i < n; i++) space[begin[class_of(run[i])]++] = run[i];
+    memcpy(run, space, n * sizeof *run);
+}
+
+static enum status order(struct codes *c) {
+    utf8proc_int32_t *space = NULL;
+    for (size_t i = 0, end; i < c->n; i = end + 1) {
+        for (end = i; end < c->n && class_of(c->at[end]) > 0;) end++;
+        if (end - i < 2) continue;
+        if (!space && !(space = malloc(c->n * sizeof *space)))
+            return fail(STATUS_MEMORY, "no memory to normalize a text");
+        order_run(c->at + i, end - i, space);
+    }
+    free(space);
+    return STATUS_OK;
+}
+
 static enum status run_form(enum normal_form form, struct text_buffer *text) {
     if (is_ascii(text->bytes, text->n)) return STATUS_OK; /* ASCII is all four forms of itself */
     int options = UTF8PROC_STABLE;
     options |= form == NORMAL_NFC || form == NORMAL_NFKC ? UTF8PROC_COMPOSE : UTF8PROC_DECOMPOSE;
     if (form == NORMAL_NFKC || form == NORMAL_NFKD) options |= UTF8PROC_COMPAT;
-    utf8proc_uint8_t *result = NULL;
+    struct codes codes = {0};
+    enum status status;
+    TRY_GOTO(decompose(text, (utf8proc_option_t)options, &codes), out);
+    TRY_GOTO(order(&codes), out);
     const utf8proc_ssize_t n =
-        utf8proc_map((const utf8proc_uint8_t *)text->bytes, (utf8proc_ssize_t)text->n, &result,
-                     (utf8proc_option_t)options);
-    if (n < 0) return fail(STATUS_MEMORY, "cannot normalize the text: %s", utf8proc_errmsg(n));
+        utf8proc_reencode(codes.at, (utf8proc_ssize_t)codes.n, (utf8proc_option_t)options);
+    if (n < 0)
+        TRY_GOTO(fail(STATUS_MEMORY, "cannot normalize the text: %s", utf8proc_errmsg(n)), out);
     text->n = 0;
-    const enum status status = text_add(text, (const char *)result, (size_t)n);
-    free(result);
+    status = text_add(text, (const char *)codes.at, (size_t)n);
+out:
+    free(codes.at);
     return status;
 }
 
