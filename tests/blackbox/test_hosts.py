@@ -17,6 +17,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import tempfile
 import time
 
 import pytest
@@ -96,13 +97,14 @@ class Hosts:
                 wait_for(lambda enter=enter: json.loads(run(*enter, "ip", "-j", "link", "show", "eth0"))[0]["operstate"] == "UP")
 
     def mpirun(self, each, *options):
-        """The options of mpirun for so many ranks on each host."""
+        """The options of mpirun for so many ranks on each host, once: two jobs at once would not share a folder."""
         hostfile = self.folder / f"hosts{each}"
         hostfile.write_text("".join(f"{address} slots={each}\n" for _, address in (A, B)))
         kept = [f"-x{name}" for name in ("ASAN_OPTIONS", "UBSAN_OPTIONS", "LSAN_OPTIONS") if name in os.environ]
         return [
             "--hostfile", str(hostfile), *(word for one in kept for word in (one[:2], one[2:])), "--bind-to", "none",
-            "--mca", "plm_rsh_agent", str(self.folder / "agent"), "--mca", "orte_tmpdir_base", str(self.folder),
+            "--mca", "plm_rsh_agent", str(self.folder / "agent"),
+            "--mca", "orte_tmpdir_base", tempfile.mkdtemp(dir=self.folder),
             "--mca", "oob_tcp_if_include", "eth0", "--mca", "btl_tcp_if_include", "eth0", *options,
         ]
 
