@@ -351,14 +351,23 @@ def test_R7_too_little_memory():
         assert server.complete("Tom has", max_tokens=4, ignore_eos=True)["usage"]["completion_tokens"] == 4
 
 
+def refused_start(*flags, wrapper):
+    """What a server that must end with exit 4, never ready, says."""
+    server = Server(*flags, ranks=0, wrapper=wrapper, wait=False)
+    try:
+        assert server.wait() == 4 and not server.port, server.lines
+        return server.text
+    finally:
+        server.kill()
+
+
 def test_R7_nearly_all_of_the_address_space():
     """ulimit -v counts the pages once: most of what it leaves can be theirs."""
     if SANITIZED:
         pytest.skip("AddressSanitizer takes terabytes of address space")
     limits = ["/bin/bash", "-c", 'ulimit -v 1000000; exec "$0" "$@"', str(BINARY)]
-    server = Server("--kv-memory", "950m", "--threads", "1", ranks=0, wrapper=limits, wait=False)
-    assert server.wait() == 4, server.lines
-    needed, free = map(float, re.search(r"a rank needs ([0-9.]+) MB, ([0-9.]+) MB are free", server.text).groups())
+    said = refused_start("--kv-memory", "950m", "--threads", "1", wrapper=limits)
+    needed, free = map(float, re.search(r"a rank needs ([0-9.]+) MB, ([0-9.]+) MB are free", said).groups())
     room = free - (needed - 950)
     assert room > 300
     with Server("--kv-memory", f"{int(0.7 * room)}m", "--threads", "1", ranks=0, wrapper=limits) as server:
@@ -427,10 +436,9 @@ def test_R7_a_container_too_small(group):
     with open(limit, "w") as f:
         f.write(str(100 << 20))
     enter = ["/bin/bash", "-c", f'echo $$ > {folder}/cgroup.procs; exec "$0" "$@"', str(BINARY)]
-    server = Server("--kv-memory", "200m", ranks=0, wrapper=enter, wait=False)
-    assert server.wait() == 4 and not server.port, server.lines
+    said = refused_start("--kv-memory", "200m", wrapper=enter)
     needed, free, fits = re.search(
-        r"a rank needs ([0-9.]+) MB, ([0-9.]+) MB are free: --kv-memory (\d+) would fit", server.text).groups()
+        r"a rank needs ([0-9.]+) MB, ([0-9.]+) MB are free: --kv-memory (\d+) would fit", said).groups()
     assert float(needed) > 200 and 10e6 < int(fits) < 1e6 * float(free) < 105e6
     with Server(ranks=0, wrapper=enter) as server:  # 67 MB of pages would be more than half
         pages = float(re.search(r"KV cache ([0-9.]+) MB", server.text)[1])
