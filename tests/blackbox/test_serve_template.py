@@ -45,7 +45,7 @@ class Background(threading.Thread):
 
 def test_others_go_on(server):
     """While a template runs into its time limit: a stream, probes, completions and the scrape are answered."""
-    with server.open_stream("/v1/completions", {"prompt": "1, 2,", "max_tokens": 1000, "ignore_eos": True}) as events:
+    with server.open_stream("/v1/completions", {"prompt": "1, 2,", "max_tokens": 1000, "ignore_eos": True, "seed": 1}) as events:
         next(events)
         begin = time.monotonic()
         stuck = Background(server.post, "/v1/chat/completions", chat("Hi", max_tokens=1, chat_template_kwargs=ENDLESS))
