@@ -41,7 +41,8 @@ struct packing {
     struct fault fault;
     void (*progress)(void *user, int64_t done, int64_t total);
     void *user;
-    double reported; /* when: progress_clock */
+    double reported_at; /* progress_clock */
+    int64_t reported;   /* elements */
 };
 
 /* Where a thread is in the list. */
@@ -98,11 +99,14 @@ static enum status pack_piece(const struct packing *p, const struct piece *piece
     return STATUS_OK;
 }
 
+/* The end is always told, and once. */
 static void report(struct packing *p) {
     const int64_t done = atomic_load(&p->done);
     const double now = progress_clock();
-    if (!p->progress || (done < p->total && now - p->reported < REPORT_SECONDS)) return;
-    p->reported = now;
+    if (!p->progress || done == p->reported) return;
+    if (done < p->total && now - p->reported_at < REPORT_SECONDS) return;
+    p->reported = done;
+    p->reported_at = now;
     p->progress(p->user, done, p->total);
 }
 
@@ -128,10 +132,12 @@ static void pack_share(void *context, int thread) {
         atomic_fetch_add(&p->done, piece_elements(p, &piece));
         if (thread == 0) report(p);
     }
-    while (thread == 0 && !atomic_load(&p->failed) && atomic_load(&p->done) < p->total) {
+    if (thread > 0) return;
+    while (!atomic_load(&p->failed) && atomic_load(&p->done) < p->total) {
         nanosleep(&(struct timespec){.tv_nsec = WAIT_NS}, NULL);
         report(p);
     }
+    if (!atomic_load(&p->failed)) report(p);
 }
 
 static enum status pack_all(struct packing *p, bool *as_bf16) {
