@@ -223,7 +223,7 @@ def test_R4_mutations(server):
         server.complete([i + 1] * 1000, max_tokens=1)
     connection = server.connect()
     statuses, memory = {}, []
-    count = int(os.environ.get("SFUMATO_MUTATIONS", 3000))
+    count = int(os.environ.get("SFUMATO_MUTATIONS", 10000))
     for i in range(count):
         path, body = chance.choice(seeds)
         for _ in range(chance.randint(1, 3)):
