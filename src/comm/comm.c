@@ -143,7 +143,7 @@ enum status comm_agree_equal(comm *c, const char *what, const void *bytes, size_
     char left[132], right[132];
     return fail(STATUS_COMM,
                 "ranks differ in %s: rank 0 has %s, rank %d has %s: start all ranks with the same "
-                "program, model and options",
+                "program, model and options (SFUMATO_ variables reach other hosts by mpirun -x)",
                 what, hex(left, first, at, n), rank, hex(right, other, at, n));
 }
 
