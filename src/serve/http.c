@@ -14,6 +14,7 @@
 #include <event2/bufferevent.h>
 #include <event2/keyvalq_struct.h>
 #include <event2/listener.h>
+#include <malloc.h>
 #include <netdb.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
@@ -26,7 +27,7 @@
 #include "base/log.h"
 #include "serve/http_parts.h"
 
-enum { SWEEP_SECONDS = 1 };
+enum { SWEEP_SECONDS = 1, LARGE_BODY_BYTES = 1 << 20 };
 
 /* ---- connections ---- */
 
@@ -49,9 +50,13 @@ static void sweep(struct http *h) {
 }
 
 static void on_sweep(evutil_socket_t fd, short what, void *user) {
+    struct http *h = user;
     (void)fd;
     (void)what;
-    sweep(user);
+    sweep(h);
+    /* JSON of 8 MB can be 600 MB of small values, which malloc would keep for ever. */
+    if (h->bloated) malloc_trim(0);
+    h->bloated = false;
 }
 
 /* libevent gives the socket to a connection after on_accept, and nothing can close it before this
@@ -295,6 +300,7 @@ void http_finish(struct exchange *x) {
     unlink_exchange(x);
     http_count(x);
     if (x->http->gathering == x) x->http->gathering = NULL;
+    x->http->bloated |= x->large;
     json_writer_fini(&x->out);
     free(x);
 }
@@ -366,6 +372,7 @@ static void on_request(struct evhttp_request *request, void *user) {
         return;
     }
     x->head = method == EVHTTP_REQ_HEAD;
+    x->large = evbuffer_get_length(evhttp_request_get_input_buffer(request)) > LARGE_BODY_BYTES;
     x->path = uri ? evhttp_uri_get_path(uri) : NULL;
     if (!x->path || !*x->path) x->path = "/";
     /* libevent takes "//a/health" for a host and a path; a proxy's rule for paths did not */

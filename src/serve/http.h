@@ -51,6 +51,7 @@ struct exchange {
     char request_id[SERVICE_ID_BYTES], trace_id[33];
     double begin;
     bool head;              /* HEAD: headers only */
+    bool large;             /* its body was */
     bool streaming;         /* the status line of a stream is out */
     bool answered;          /* nothing more will be said; x lives until it is written */
     int status;             /* of the answer */

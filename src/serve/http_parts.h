@@ -24,6 +24,7 @@ struct http {
     struct bufferevent *fresh[FRESH_MAX]; /* accepted in this turn of the loop */
     int fresh_count;
     bool resting; /* the listener is disabled */
+    bool bloated; /* a large body has been read, and what it became is free again */
     struct event *sweep, *on_fresh;
     struct exchange *exchanges; /* not completely written yet */
     struct exchange *gathering; /* its `out` holds bytes; NULL: nobody's does */
