@@ -5,8 +5,11 @@
  * The same program runs alone (one rank) or R times under mpirun. Everything a command needs from the job
  * and the model is in cmd/host.h; what it does is in its own file under cmd/.
  */
+#include <errno.h>
+#include <fcntl.h>
 #include <stdio.h>
 #include <string.h>
+#include <unistd.h>
 
 #include "base/log.h"
 #include "cmd/commands.h"
@@ -61,8 +64,24 @@ static int no_such_command(int argc, char **argv, const char *name) {
     return host_leave(&host, STATUS_USAGE);
 }
 
+/* Standard streams that were closed must not become the number of a socket that is opened later: what
+ * stands in for them fails when it is used. */
+static void hold_streams(void) {
+    for (int i = STDIN_FILENO; i <= STDERR_FILENO; i++) {
+        if (fcntl(i, F_GETFD) >= 0) continue;
+        if (open("/dev/null", i == STDIN_FILENO ? O_WRONLY : O_RDONLY) != i) _exit(STATUS_USAGE);
+    }
+}
+
+/* A full disk must not look like success. */
+static enum status output_check(void) {
+    if (fflush(stdout) == 0 && !ferror(stdout)) return STATUS_OK;
+    return fail(STATUS_USAGE, "the output cannot be written: %s", strerror(errno));
+}
+
 int main(int argc, char **argv) {
     const char *name = argc > 1 ? argv[1] : "";
+    hold_streams();
     if (strcmp(name, "--help") == 0 || strcmp(name, "-h") == 0 || strcmp(name, "help") == 0) {
         print_usage(stdout);
         return 0;
@@ -76,7 +95,10 @@ int main(int argc, char **argv) {
         struct host host = {0};
         if (commands[i].before) commands[i].before();
         enum status status = host_join(&host, &commands[i], argc - 1, argv + 1);
-        if (status == STATUS_OK) status = commands[i].run(&host);
+        if (status == STATUS_OK) {
+            status = commands[i].run(&host);
+            if (status == STATUS_OK) status = output_check();
+        }
         return host_leave(&host, status);
     }
     return no_such_command(argc, argv, name);

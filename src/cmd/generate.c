@@ -181,9 +181,10 @@ static enum status job_submit(struct generation *g, struct job *job, uint64_t nu
     return STATUS_OK;
 }
 
-/* Reads lines into the ring while there is room. */
+/* Reads lines into the ring while there is room, waiting for one only when none is running. */
 static enum status take_lines(struct generation *g) {
     while (!g->input_ended && g->next - g->first < JOBS_MAX) {
+        if (g->first < g->next && lines_waits(&g->lines)) break;
         struct job *job = job_at(g, g->next);
         enum status status = lines_next(&g->lines);
         if (status == STATUS_END) {

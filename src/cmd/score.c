@@ -234,6 +234,7 @@ static void score_job_fini(struct score_job *job) {
 
 static enum status take_lines(struct scoring *s) {
     while (!s->input_ended && s->next - s->first < SCORE_JOBS_MAX) {
+        if (s->first < s->next && lines_waits(&s->lines)) break;
         struct score_job *job = score_job_at(s, s->next);
         enum status status = lines_next(&s->lines);
         if (status == STATUS_END) {

@@ -2,11 +2,13 @@
 import json
 import os
 import pathlib
+import select
 import struct
+import subprocess
 import time
 
 import pytest
-from conftest import TINY, chat, generate, launch, problems
+from conftest import BINARY, MPI, TINY, chat, generate, launch, problems
 
 GOOD = chat("What is 2+3?", custom_id="good", max_tokens=5)
 
@@ -295,3 +297,48 @@ def test_killed_rank_ends_the_job(rank):
     while alive(seed.encode()) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not alive(seed.encode())
+
+
+# --- standard streams ---
+
+def shell(text):
+    """A pipeline of $S with what a shell can do to its streams."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("SFUMATO_")}
+    environment |= {**MPI, "S": str(BINARY), "M": str(TINY)}
+    return subprocess.run(["bash", "-c", text], capture_output=True, env=environment, timeout=60)
+
+
+@pytest.mark.parametrize("command", ["generate --raw -p x --max-tokens 3", "inspect", "bench tokenizer"])
+def test_output_that_cannot_be_written_is_no_success(command):
+    for sink in (">/dev/full", ">&-"):
+        done = shell(f"$S {command} -m $M --quiet {sink}")
+        assert done.returncode == 2 and b"cannot be written" in done.stderr, (sink, done)
+
+
+@pytest.mark.parametrize("command", ["generate --input -", "score --input -", "tokenize"])
+def test_closed_input_is_no_empty_input(command):
+    done = shell(f"$S {command} -m $M --quiet <&-")
+    assert done.returncode == 2 and b"cannot be read" in done.stderr, done
+
+
+def test_input_is_read_from_where_it_stands(tmp_path):
+    (tmp_path / "in").write_text('{"text":"a","custom_id":1}\n{"text":"a","custom_id":2}\n')
+    done = shell(f"(read -r; $S tokenize -m $M --quiet) < {tmp_path}/in")
+    assert [json.loads(line)["custom_id"] for line in done.stdout.splitlines()] == [2]
+
+
+@pytest.mark.parametrize("command, line", [("generate", {"prompt": [1], "max_tokens": 2}), ("score", {"steps": [1, 2]})])
+def test_a_reply_does_not_wait_for_the_next_line(command, line):
+    """Who writes a line and reads its reply before writing the next is not kept waiting for ever."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("SFUMATO_")}
+    asked = subprocess.Popen([str(BINARY), command, "--quiet", "--input", "-", "--model", str(TINY)], bufsize=0,
+                             stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment | MPI)
+    try:
+        for i in range(3):
+            asked.stdin.write(json.dumps({**line, "custom_id": i}).encode() + b"\n")
+            assert select.select([asked.stdout], [], [], 20)[0], "no reply"
+            assert json.loads(asked.stdout.readline())["custom_id"] == i
+        asked.stdin.close()
+        assert asked.wait(20) == 0
+    finally:
+        asked.kill()
