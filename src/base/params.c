@@ -412,7 +412,10 @@ static void argp_rows(enum params_command command, struct argp_option out[ARGP_R
                       char help[PARAM_COUNT][320]) {
     int n = 0;
     for (int g = GROUP_COMMAND; g <= GROUP_OUTPUT; g++) {
-        out[n++] = (struct argp_option){.doc = group_titles[g], .group = g};
+        bool used = false; /* a title over nothing would only be puzzling */
+        for (int i = 0; i < PARAM_COUNT; i++)
+            used |= (int)rows[i].group == g && (rows[i].commands & command);
+        if (used) out[n++] = (struct argp_option){.doc = group_titles[g], .group = g};
     }
     for (int i = 0; i < PARAM_COUNT; i++) {
         const struct row *row = &rows[i];

@@ -17,6 +17,9 @@ def test_help_and_version():
     for flag in (b"--max-topk", b"--cold-stop-entropy", b"--think-open", b"--kv-memory", b"--prefix-cache", b"--compat"):
         assert flag in text
     assert launch("generate", "--help", model=None, ranks=2).out == text  # once, not twice
+    assert b" Thinking:" in text and b" Answer:" in text
+    tokenize = launch("tokenize", "--help", model=None).out  # no title without options under it
+    assert not any(title in tokenize for title in (b" Thinking:", b" Answer:", b" Limits")) and b" Model and machine:" in tokenize
 
 
 def test_tokenize_round_trip():
