@@ -237,6 +237,12 @@ static enum status set_number(struct params *p, enum param_id id, const char *te
         return STATUS_OK;
     } else {
         parsed = param_parse_count(text, &count);
+        if (!parsed && !row->range && isdigit((unsigned char)*text)) { /* a seed: any 64 bits */
+            char *end;
+            errno = 0;
+            count = (int64_t)strtoull(text, &end, 10);
+            parsed = errno == 0 && *end == '\0';
+        }
         real = (double)count;
     }
     if (!parsed) {

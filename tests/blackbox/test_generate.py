@@ -153,6 +153,15 @@ def test_choices_have_streams_of_their_own():
     assert len({json.dumps(line["ids"]) for line in lines}) > 1
 
 
+def test_a_seed_is_any_64_bits():
+    """As in JSON, where a number above 2^63 - 1 is written as the negative one of the same bits."""
+    request = chat(problems(1)[0], max_tokens=8, soft_thinking={"mode": "gumbel", "temperature": 2})
+    high = generate([request], "--seed", "18446744073709551615")
+    assert high.status == 0, high.err
+    assert high.out == generate([request], "--seed", "-1").out == generate([{**request, "seed": -1}]).out
+    assert generate([request], "--seed", "18446744073709551616").status == 2
+
+
 def test_shared_thinking_thinks_once():
     lines = generate([chat(problems(1)[0], n=3, soft_thinking={"mode": "gumbel", "share_thinking": True})]).lines
     assert len({line["thinking"] for line in lines}) == 1 and lines[0]["thinking"]
