@@ -255,12 +255,12 @@ static enum status run_batch(struct generation *g) {
     engine_counters_get(g->engine, &c);
     const double seconds = progress_clock() - g->start;
     log_info(
-        "%lld lines, %llu prompt tokens (%llu cached), %llu steps of sequences (%llu soft), %.2f "
+        "%lld line%s, %llu prompt tokens (%llu cached), %llu steps of sequences (%llu soft), %.2f "
         "s, "
         "%.1f tokens/s, %llu preemptions, decisions %016llx",
-        (long long)g->lines_done, (unsigned long long)c.prompt_tokens,
-        (unsigned long long)c.cached_tokens, (unsigned long long)c.generated_tokens,
-        (unsigned long long)c.soft_steps, seconds,
+        (long long)g->lines_done, g->lines_done == 1 ? "" : "s",
+        (unsigned long long)c.prompt_tokens, (unsigned long long)c.cached_tokens,
+        (unsigned long long)c.generated_tokens, (unsigned long long)c.soft_steps, seconds,
         (double)c.generated_tokens / (seconds > 1e-9 ? seconds : 1e-9),
         (unsigned long long)c.preemptions, (unsigned long long)c.decision_hash);
     return lines_verdict(&g->lines);

@@ -171,26 +171,18 @@ static enum status submit_line(struct scoring *s, struct score_job *job, uint64_
     TRY(json_load_text(s->lines.line, s->lines.n, STATUS_REQUEST, &b->root));
     if (!json_is_object(b->root)) return fail(STATUS_REQUEST, "a line must be a JSON object");
     b->custom_id = json_object_get(b->root, "custom_id");
-    const char *key;
-    json_t *value;
-    json_object_foreach(b->root, key, value) {
-        static const char *const known[] = {"steps",
-                                            "text",
-                                            "messages",
-                                            "temperature",
-                                            "custom_id",
-                                            "chat_template_kwargs",
-                                            "add_generation_prompt",
-                                            "continue_final_message",
-                                            "reasoning_effort",
-                                            "reasoning"};
-        size_t i = 0;
-        while (i < sizeof known / sizeof *known && strcmp(known[i], key) != 0) i++;
-        if (i == sizeof known / sizeof *known) {
-            return field_wrong("", key,
-                               "left out: a line has steps, text or messages, and temperature");
-        }
-    }
+    static const char *const known[] = {"steps",
+                                        "text",
+                                        "messages",
+                                        "temperature",
+                                        "custom_id",
+                                        "chat_template_kwargs",
+                                        "add_generation_prompt",
+                                        "continue_final_message",
+                                        "reasoning_effort",
+                                        "reasoning"};
+    TRY(field_only(b->root, known, sizeof known / sizeof *known,
+                   "a line has steps, text or messages, and temperature"));
     double temperature = 1;
     TRY(field_real(b->root, "", "temperature", 0, 5, &temperature));
     struct request r = {.id = number,

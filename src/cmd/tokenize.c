@@ -23,9 +23,11 @@ static enum status encode_line(const struct body_facts *f, const json_t *root,
                                struct json_writer *w) {
     const json_t *text = field_get(root, "text");
     bool add_special = true;
+    static const char *const known[] = {"text", "add_special", "custom_id"};
     uint32_t *ids = NULL;
     size_t count = 0;
     if (!json_is_string(text)) return field_wrong("", "text", "a string");
+    TRY(field_only(root, known, sizeof known / sizeof *known, "a line has text and add_special"));
     TRY(field_bool(root, "", "add_special", &add_special));
     TRY(tokenizer_encode(f->tokenizer, json_string_value(text), json_string_length(text),
                          add_special, &ids, &count));
@@ -39,9 +41,11 @@ static enum status decode_line(const struct body_facts *f, const json_t *root,
     const json_t *array = field_get(root, "ids");
     const size_t count = json_array_size(array);
     bool skip_special = false;
+    static const char *const known[] = {"ids", "skip_special", "custom_id"};
     char *text = NULL;
     size_t n = 0;
     if (!json_is_array(array)) return field_wrong("", "ids", "an array of token ids");
+    TRY(field_only(root, known, sizeof known / sizeof *known, "a line has ids and skip_special"));
     TRY(field_bool(root, "", "skip_special", &skip_special));
     uint32_t *ids = calloc(count + 1, sizeof *ids);
     if (!ids) return fail(STATUS_MEMORY, "no memory for ids");

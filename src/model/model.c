@@ -11,6 +11,8 @@
 
 static int64_t dtype_bytes(enum backend_dtype d) { return (int64_t)backend_dtype_bytes(d); }
 
+static int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+
 enum status model_need(const struct model_config *config, const struct model_options *options,
                        int ranks, int rank, struct model_need *out) {
     struct shard_dims dims;
@@ -37,11 +39,13 @@ enum status model_need(const struct model_config *config, const struct model_opt
 
     const int64_t rows = options->rows_max,
                   act = dtype_bytes(backend_activation(options->weight_dtype));
-    const int64_t slots = ranks > 1 ? 2 : 1;
+    const int64_t slots = ranks > 1 ? 2 : 1, ffn = shard_ffn_count(&shard);
+    const int64_t widest = larger(hidden, larger(ffn, heads * hd));
     out->scratch_bytes = rows * hidden * (4 * (2 + slots) + act) /* x, sum, slots, h */
                          + rows * heads * hd * (4 + act)         /* q, o */
-                         + rows * shard_ffn_count(&shard) * act  /* act */
-                         +
+                         + rows * ffn * act                      /* act */
+                         /* the CPU's inputs of a product, and new keys and values */
+                         + rows * (widest + 2 * kv * hd) * 4 +
                          options->logit_rows_max * (hidden * act + shard_vocab_count(&shard) * 4) +
                          options->max_positions * hd * 4; /* RoPE */
     return STATUS_OK;

@@ -34,7 +34,9 @@ struct model_options {
 struct model_need {
     int64_t weight_bytes; /* packed, this rank */
     int64_t kv_bytes_per_page;
-    int64_t scratch_bytes; /* activations, logits, RoPE tables, communication slots */
+    /* activations, logits, RoPE tables, communication slots; what a backend takes for each thread, a
+     * few MB in all, is not in it */
+    int64_t scratch_bytes;
 };
 enum status model_need(const struct model_config *config, const struct model_options *options,
                        int ranks, int rank, struct model_need *out);

@@ -2,6 +2,7 @@
 #include "serve/fields.h"
 
 #include <stdio.h>
+#include <string.h>
 
 enum status field_wrong(const char *prefix, const char *key, const char *what) {
     char path[FAULT_NAME_BYTES];
@@ -85,5 +86,20 @@ enum status field_top_k(const json_t *object, const char *prefix, int vocab_coun
     int64_t top_k = *out;
     TRY(field_int(object, prefix, "top_k", -1, vocab_count, &top_k));
     *out = top_k > 0 ? (int)top_k : 0;
+    return STATUS_OK;
+}
+
+enum status field_only(const json_t *object, const char *const *known, size_t count,
+                       const char *why) {
+    const char *key;
+    json_t *value;
+    json_object_foreach((json_t *)(uintptr_t)object, key, value) {
+        char what[160];
+        size_t i = 0;
+        while (i < count && strcmp(known[i], key) != 0) i++;
+        if (i < count) continue;
+        snprintf(what, sizeof what, "left out: %s", why);
+        return field_wrong("", key, what);
+    }
     return STATUS_OK;
 }

@@ -32,6 +32,10 @@ enum status field_row(const json_t *object, const char *prefix, const char *key,
 /* "top_k": -1 and 0 come out as 0, off; else 1..vocab_count. */
 enum status field_top_k(const json_t *object, const char *prefix, int vocab_count, int *out);
 
+/* Every member is one of known[count]; otherwise it "must be left out: WHY". */
+enum status field_only(const json_t *object, const char *const *known, size_t count,
+                       const char *why);
+
 /* "PREFIXKEY must be WHAT". */
 enum status field_wrong(const char *prefix, const char *key, const char *what);
 

@@ -38,8 +38,10 @@ def test_tokenize_chat():
 
 
 def test_tokenize_bad_lines():
-    result = launch("tokenize", "--decode", "--quiet", stdin=[{"ids": [0]}, {"ids": [10**6]}, {"ids": "x"}])
-    assert result.status == 1 and ["error" in line for line in result.lines] == [False, True, True]
+    result = launch("tokenize", "--decode", "--quiet", stdin=[{"ids": [0]}, {"ids": [10**6]}, {"ids": "x"}, {"ids": [0], "skip": True}])
+    assert result.status == 1 and ["error" in line for line in result.lines] == [False, True, True, True]
+    misspelt = launch("tokenize", "--quiet", stdin=[{"text": "a", "add_specials": False}])
+    assert misspelt.status == 1 and misspelt.lines[0]["error"]["param"] == "add_specials"
 
 
 def scored(requests, *args, **more):
