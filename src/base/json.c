@@ -14,6 +14,8 @@ enum status json_load_text(const char *text, size_t n, enum status on_error, jso
     json_error_t error;
     *out = json_loadb(text, n, JSON_REJECT_DUPLICATES, &error);
     if (*out) return STATUS_OK;
+    if (!memchr(text, '\n', n)) /* a line of JSON lines has a number of its own elsewhere */
+        return fail(on_error, "not valid JSON at column %d: %s", error.column, error.text);
     return fail(on_error, "not valid JSON at line %d, column %d: %s", error.line, error.column,
                 error.text);
 }
