@@ -25,6 +25,15 @@ static const struct shape shapes[] = {
 };
 static const int64_t heights[] = {1, 3, 4, 13, 16, 32, 100};
 
+static struct matrix_spec spec_of(const struct shape *s, enum backend_dtype dtype) {
+    return (struct matrix_spec){.kind = s->kind,
+                                .dtype = dtype,
+                                .rows = s->rows,
+                                .cols = s->cols,
+                                .slab_count = s->slab_count,
+                                .slab_begin = s->border};
+}
+
 static float value_of(int part, int64_t row, int64_t k) {
     const float x = suite_random_float(5, (uint32_t)(part * 1000000 + row * 1000 + k));
     return x == 0.0f ? 1.0f : x;
@@ -76,12 +85,7 @@ static void expect_places(const struct shape *s, enum backend_dtype dtype, const
 
 static void pack_and_look(const struct shape *s, enum backend_dtype dtype, enum backend_dtype as,
                           int64_t height) {
-    const struct matrix_spec spec = {.kind = s->kind,
-                                     .dtype = dtype,
-                                     .rows = s->rows,
-                                     .cols = s->cols,
-                                     .slab_count = s->slab_count,
-                                     .slab_begin = s->border};
+    const struct matrix_spec spec = spec_of(s, dtype);
     backend *be = level_open(0, 1, 1);
     matrix *m;
     CU_ASSERT_FATAL(be && be->ops->matrix_new(be, &spec, &m) == STATUS_OK);
@@ -113,12 +117,7 @@ static void test_places(void) {
 static void test_shares(void) {
     for (size_t i = 0; i < sizeof shapes / sizeof shapes[0]; i++) {
         const struct shape *s = &shapes[i];
-        const struct matrix_spec spec = {.kind = s->kind,
-                                         .dtype = BACKEND_BF16,
-                                         .rows = s->rows,
-                                         .cols = s->cols,
-                                         .slab_count = s->slab_count,
-                                         .slab_begin = s->border};
+        const struct matrix_spec spec = spec_of(s, BACKEND_BF16);
         const int64_t panel = s->kind == MATRIX_GATE_UP ? 16 : 32;
         for (int threads = 1; threads <= 5; threads++) {
             backend *be = level_open(0, threads, 1);
