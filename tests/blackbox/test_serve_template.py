@@ -71,8 +71,8 @@ def test_others_go_on(server):
 
 def test_cancel_and_deadline_while_parked(server):
     before = server.metric('request_success_total{finished_reason="abort"}')
-    slow = Background(server.post, "/v1/chat/completions", chat("Hi", max_tokens=1, chat_template_kwargs={"slow": 8}))
-    time.sleep(0.2)
+    slow = Background(server.post, "/v1/chat/completions", chat("Hi", max_tokens=1, chat_template_kwargs=ENDLESS))
+    time.sleep(0.3)
     gone = [server.connect() for _ in range(4)]  # they leave while they wait for the template before
     for c, path in zip(gone, ["/v1/chat/completions", "/v1/chat/completions", "/tokenize", "/apply-template"]):
         c.request("POST", path, json.dumps(chat("Hi")), {"Content-Type": "application/json"})
@@ -81,7 +81,7 @@ def test_cancel_and_deadline_while_parked(server):
     for c in gone:
         c.close()
     slow.join(30)
-    assert slow.answer[0] == 200
+    assert slow.answer[0] == 400
     server.settle()
     assert server.metric('request_success_total{finished_reason="abort"}') - before == 3
     assert server.chat("Hi", max_tokens=1)["choices"]
@@ -111,13 +111,13 @@ def test_R9_a_render_ends_with_its_client(server):
 
 def test_parked_requests_are_counted(server):
     """The queue is bounded: 32 + 16 sequences, parked ones included; nothing is lost, order is kept."""
-    slow = Background(server.post, "/v1/chat/completions", chat("Hi", max_tokens=1, chat_template_kwargs={"slow": 10}))
-    time.sleep(0.2)
+    slow = Background(server.post, "/v1/chat/completions", chat("Hi", max_tokens=1, chat_template_kwargs=ENDLESS))
+    time.sleep(0.3)
     many = [Background(server.post, "/v1/chat/completions", chat("Hi", max_tokens=1, n=4)) for _ in range(14)]
     for m in [slow, *many]:
         m.join(60)
     statuses = sorted(m.answer[0] for m in many)
-    assert slow.answer[0] == 200 and statuses == [200] * 11 + [503] * 3  # 1 + 4 * 11 = 45 of 48
+    assert slow.answer[0] == 400 and statuses == [200] * 11 + [503] * 3  # 1 + 4 * 11 = 45 of 48
     refused = next(m for m in many if m.answer[0] == 503)
     assert refused.answer[1]["error"]["code"] == "server_overloaded"
     server.settle()
@@ -125,12 +125,12 @@ def test_parked_requests_are_counted(server):
 
 def test_the_queue_of_templates_is_bounded(server):
     """Also for routes that hold no sequence: 48 wait, one of which runs, and no more."""
-    slow = Background(server.post, "/tokenize", chat("Hi", chat_template_kwargs={"slow": 10}))
+    slow = Background(server.post, "/tokenize", chat("Hi", chat_template_kwargs=ENDLESS))
     time.sleep(0.3)
     many = [Background(server.call, "POST", path, chat("Hi")) for path in ("/tokenize", "/apply-template") for _ in range(26)]
     for m in [slow, *many]:
         m.join(60)
-    assert slow.answer[0] == 200 and sorted(m.answer[0] for m in many) == [200] * 47 + [503] * 5
+    assert slow.answer[0] == 400 and sorted(m.answer[0] for m in many) == [200] * 47 + [503] * 5
     for _, headers, body in (m.answer for m in many if m.answer[0] == 503):
         assert json.loads(body)["error"]["code"] == "server_overloaded" and int(headers["retry-after"]) >= 1
 
