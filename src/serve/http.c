@@ -27,7 +27,7 @@
 #include "base/log.h"
 #include "serve/http_parts.h"
 
-enum { SWEEP_SECONDS = 1, LARGE_BODY_BYTES = 1 << 20 };
+enum { SWEEP_SECONDS = 1, TRIM_SWEEPS = 60, LARGE_BODY_BYTES = 1 << 20 };
 
 /* ---- connections ---- */
 
@@ -54,9 +54,12 @@ static void on_sweep(evutil_socket_t fd, short what, void *user) {
     (void)fd;
     (void)what;
     sweep(h);
-    /* JSON of 8 MB can be 600 MB of small values, which malloc would keep for ever. */
-    if (h->bloated) malloc_trim(0);
+    /* What is free again malloc would keep for ever: JSON of 8 MB can have been 600 MB of small values,
+     * and every burst leaves holes. */
+    if (!h->bloated && ++h->sweeps < TRIM_SWEEPS) return;
+    malloc_trim(0);
     h->bloated = false;
+    h->sweeps = 0;
 }
 
 /* libevent gives the socket to a connection after on_accept, and nothing can close it before this

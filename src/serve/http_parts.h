@@ -25,6 +25,7 @@ struct http {
     int fresh_count;
     bool resting; /* the listener is disabled */
     bool bloated; /* a large body has been read, and what it became is free again */
+    int sweeps;   /* since free memory went back to the system */
     struct event *sweep, *on_fresh;
     struct exchange *exchanges; /* not completely written yet */
     struct exchange *gathering; /* its `out` holds bytes; NULL: nobody's does */
