@@ -19,7 +19,7 @@
 
 #include "base/log.h"
 
-enum { RANKS_MAX = 64, ADDRESSES_MAX = 16, HEARD_AT_ONCE = 4096, WARN_LOOKS = 30 };
+enum { ADDRESSES_MAX = 16, HEARD_AT_ONCE = 4096, WARN_LOOKS = 30 };
 
 struct datagram {
     unsigned char token[16];
@@ -41,11 +41,11 @@ static struct {
     struct meeting meeting;
     uint32_t answered; /* bit i: address i has */
     int looks;
-    int partner_count, partners[RANKS_MAX]; /* whom this rank listens to */
+    int partner_count, partners[COMM_RANKS_MAX]; /* whom this rank listens to */
     struct {
         bool ever;
         int silent_looks;
-    } heard[RANKS_MAX];
+    } heard[COMM_RANKS_MAX];
 } beat;
 
 static void list_addresses(struct meeting *m) {

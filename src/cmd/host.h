@@ -23,8 +23,6 @@
 #include "text/chat.h"
 #include "text/tokenizer.h"
 
-enum { HOST_RANKS_MAX = 64 };
-
 struct host {
     enum params_command command;
     struct params params;
@@ -51,7 +49,7 @@ struct host {
     double load_seconds;
     struct host_memory {
         int64_t weights, kv, workspace, free;
-    } memory[HOST_RANKS_MAX]; /* of every rank, on rank 0 */
+    } memory[COMM_RANKS_MAX]; /* of every rank, on rank 0 */
     double start, phase_start;
 };
 

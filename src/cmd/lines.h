@@ -16,17 +16,14 @@
 #include "base/check.h"
 #include "base/json.h"
 
-enum { LINES_BYTES_MAX = 64 << 20 };
-
-enum { LINES_CHUNK_BYTES = 1 << 16 };
+enum { LINES_BYTES_MAX = 64 << 20, LINES_CHUNK_BYTES = 1 << 16 };
 
 struct lines {
     FILE *out;
     int in;     /* descriptor */
     bool ended; /* nothing is left to read, or it could not be read: read_error */
     int read_error;
-    char *
-        chunk; /* [LINES_CHUNK_BYTES], read ahead: bytes [chunk_begin, chunk_end) are still to be taken */
+    char *chunk; /* [LINES_CHUNK_BYTES], read ahead: [chunk_begin, chunk_end) is to be taken */
     size_t chunk_begin, chunk_end;
     char *line; /* the current one, without its newline */
     size_t n, capacity;

@@ -58,7 +58,7 @@ static void check_sum(struct selftest *t, struct sums *s, size_t count, bool abs
     comm_all_reduce(c, count, s->device);
     s->be->ops->read(s->be, s->got, s->device, count * sizeof(float));
     for (size_t i = 0; i < count; i++) {
-        float x[HOST_RANKS_MAX];
+        float x[COMM_RANKS_MAX];
         double size = 0;
         for (int r = 0; r < R; r++) {
             x[r] = operand(r, absent, (int64_t)i);
@@ -102,7 +102,7 @@ static void check_exchange(struct selftest *t) {
         }
     }
     backend *be = t->h->backend;
-    const size_t ranks = (size_t)t->h->ranks, most = BYTES_MAX / HOST_RANKS_MAX;
+    const size_t ranks = (size_t)t->h->ranks, most = BYTES_MAX / COMM_RANKS_MAX;
     void *on_device = be->ops->alloc(be, BYTES_MAX + most, "bytes of the self-test");
     if (!on_device) selftest_must(t, STATUS_MEMORY);
     bool alike = true;

@@ -161,7 +161,7 @@ static void report_start(struct serving *s) {
     metrics_set_info(s->metrics, METRIC_build, labels);
     metric_set(s->metrics, METRIC_ranks, 0, h->ranks);
     metric_set(s->metrics, METRIC_load_time, 0, h->load_seconds);
-    for (int r = 0; r < h->ranks && r < HOST_RANKS_MAX; r++) {
+    for (int r = 0; r < h->ranks && r < COMM_RANKS_MAX; r++) {
         const struct host_memory *m = &h->memory[r];
         const int64_t kinds[] = {m->weights, m->kv, m->workspace, m->free};
         for (int k = 0; k < 4; k++) {

@@ -25,7 +25,7 @@
 #include "base/progress.h"
 #include "cmd/beat.h"
 
-enum { LOOK_MS = 100, RANKS_MAX = 64, LATER_SECONDS = 2, LIMIT_LATER_SECONDS = 3 };
+enum { LOOK_MS = 100, LATER_SECONDS = 2, LIMIT_LATER_SECONDS = 3 };
 /* The launcher's SIGTERM comes a second after a rank was lost. */
 enum { GONE_LOOKS = 3, SILENT_LOOKS = 5 };
 #define MARGIN_SECONDS 0.2 /* a step's own deadline, with the better message, comes first */
@@ -44,11 +44,11 @@ static struct {
     double seconds;
     pid_t launcher;
     char host[64];
-    struct sibling siblings[RANKS_MAX];
+    struct sibling siblings[COMM_RANKS_MAX];
     int sibling_count;
     _Atomic int expected; /* siblings there must be; -1: not known yet, as the next three */
     int rank_count;
-    char hosts[RANKS_MAX][64];
+    char hosts[COMM_RANKS_MAX][64];
     bool speaks; /* for rank 0 when that is gone; until it has, or was stopped itself */
     double last_look;
     _Atomic(const struct watch_stage *) stage;
@@ -103,7 +103,7 @@ static bool is_known(pid_t pid) {
 static void find_siblings(void) {
     DIR *all = opendir("/proc");
     if (!all) return;
-    for (const struct dirent *d; (d = readdir(all)) && watch.sibling_count < RANKS_MAX;) {
+    for (const struct dirent *d; (d = readdir(all)) && watch.sibling_count < COMM_RANKS_MAX;) {
         const pid_t pid = (pid_t)atoi(d->d_name), self = getpid();
         char state;
         pid_t parent;

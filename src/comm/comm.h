@@ -23,7 +23,7 @@
 
 typedef struct comm comm;
 
-enum { COMM_EQUAL_BYTES_MAX = 1024 };
+enum { COMM_RANKS_MAX = 64 /* of a job */, COMM_EQUAL_BYTES_MAX = 1024 };
 enum comm_kind { COMM_AUTO, COMM_MPI, COMM_NCCL, COMM_FUSED };
 
 struct comm_config {

@@ -25,7 +25,7 @@
 
 #include "comm/comm.h"
 
-enum { COMM_RANKS_MAX = 64, COMM_LINE_BYTES = 64 };
+enum { COMM_LINE_BYTES = 64 };
 
 /* How the job was joined. All wait without a deadline: loading takes as long as it takes. */
 struct comm_job {
