@@ -156,30 +156,10 @@ static void warn_unknown(const json_t *root) {
 
 /* ---- prompts ---- */
 
-static enum status keep_ids(struct body *b, const uint32_t *ids, size_t count) {
+static enum status add_prompt(struct body *b, struct body_prompt p) {
     ASSERT(b->prompt_count < BODY_PROMPTS_MAX);
-    uint32_t *copy = arena_alloc_array(&b->memory, count ? count : 1, sizeof *copy);
-    if (!copy) return STATUS_MEMORY;
-    if (count) memcpy(copy, ids, count * sizeof *copy);
-    b->prompts[b->prompt_count++] = (struct body_prompt){.ids = copy, .count = (int64_t)count};
+    b->prompts[b->prompt_count++] = p;
     return STATUS_OK;
-}
-
-static enum status encode(const struct body_facts *facts, struct body *b, const char *text,
-                          size_t n, bool add_special) {
-    uint32_t *ids = NULL;
-    size_t count = 0;
-    TRY(tokenizer_encode(facts->tokenizer, text, n, add_special, &ids, &count));
-    enum status status = STATUS_OK;
-    for (size_t i = 0; i < count && status == STATUS_OK; i++) {
-        if (ids[i] < (uint32_t)facts->vocab_count) continue;
-        status = fail_param(STATUS_REQUEST, b->chat ? "messages" : "prompt", NULL,
-                            "the text has token id %u, which has no row in the model's embedding",
-                            ids[i]);
-    }
-    if (status == STATUS_OK) status = keep_ids(b, ids, count);
-    free(ids);
-    return status;
 }
 
 static enum status ids_prompt(const struct body_facts *facts, struct body *b, const json_t *array) {
@@ -196,14 +176,14 @@ static enum status ids_prompt(const struct body_facts *facts, struct body *b, co
         }
         ids[i] = (uint32_t)json_integer_value(id);
     }
-    b->prompts[b->prompt_count++] = (struct body_prompt){.ids = ids, .count = (int64_t)count};
-    return STATUS_OK;
+    return add_prompt(b, (struct body_prompt){.ids = ids, .count = (int64_t)count});
 }
 
 static enum status read_one_prompt(const struct body_facts *facts, struct body *b,
                                    const json_t *prompt) {
     if (json_is_string(prompt)) {
-        return encode(facts, b, json_string_value(prompt), json_string_length(prompt), true);
+        return add_prompt(b, (struct body_prompt){.text = json_string_value(prompt),
+                                                  .text_bytes = json_string_length(prompt)});
     }
     if (json_is_array(prompt)) return ids_prompt(facts, b, prompt);
     return field_wrong("", "prompt", "a string, an array of token ids, or an array of these");
@@ -212,6 +192,7 @@ static enum status read_one_prompt(const struct body_facts *facts, struct body *
 static enum status read_prompts(const struct body_facts *facts, struct body *b) {
     const json_t *prompt = field_get(b->root, "prompt");
     const json_t *first = json_array_get(prompt, 0);
+    if (b->chat) return add_prompt(b, (struct body_prompt){0});
     if (!json_is_string(first) && !json_is_array(first)) return read_one_prompt(facts, b, prompt);
     const size_t count = json_array_size(prompt);
     if (count > BODY_PROMPTS_MAX) {
@@ -225,50 +206,74 @@ static enum status read_prompts(const struct body_facts *facts, struct body *b) 
     return STATUS_OK;
 }
 
-/* max_tokens and truncation of every prompt, against the context. */
-static enum status fit_prompts(const struct body_facts *facts, struct body *b) {
-    const int64_t context = facts->max_model_len;
-    int64_t wanted = 0, truncate = 0, low = b->echo ? 0 : 1;
-    const bool asked =
-        field_get(b->root, "max_completion_tokens") || field_get(b->root, "max_tokens");
-    const char *key =
-        field_get(b->root, "max_completion_tokens") ? "max_completion_tokens" : "max_tokens";
-    TRY(field_int(b->root, "", key, low, CONFIG_POSITION_MAX, &wanted));
-    TRY(field_int(b->root, "", "truncate_prompt_tokens", -1, context, &truncate));
-    if (field_get(b->root, "truncate_prompt_tokens") && truncate == 0) {
+enum status body_give_ids(const struct body_facts *facts, struct body *b, int prompt,
+                          const uint32_t *ids, size_t count) {
+    struct body_prompt *p = &b->prompts[prompt];
+    ASSERT(!p->ids);
+    for (size_t i = 0; i < count; i++) {
+        if (ids[i] < (uint32_t)facts->vocab_count) continue;
+        return fail_param(STATUS_REQUEST, b->chat ? "messages" : "prompt", NULL,
+                          "the text has token id %u, which has no row in the model's embedding",
+                          ids[i]);
+    }
+    p->ids = arena_alloc_array(&b->memory, count ? count : 1, sizeof *p->ids);
+    if (!p->ids) return STATUS_MEMORY;
+    if (count) memcpy(p->ids, ids, count * sizeof *p->ids);
+    p->count = (int64_t)count;
+    return STATUS_OK;
+}
+
+/* max_tokens and truncate_prompt_tokens, before any prompt is known. */
+static enum status read_lengths(const struct body_facts *facts, struct body *b) {
+    const json_t *first = field_get(b->root, "max_completion_tokens");
+    const char *key = first ? "max_completion_tokens" : "max_tokens";
+    const json_t *truncate = field_get(b->root, "truncate_prompt_tokens");
+    b->asked_tokens = -1;
+    TRY(field_int(b->root, "", key, b->echo ? 0 : 1, CONFIG_POSITION_MAX, &b->asked_tokens));
+    TRY(field_int(b->root, "", "truncate_prompt_tokens", -1, facts->max_model_len, &b->truncate));
+    if (truncate && b->truncate == 0) {
         return field_wrong("", "truncate_prompt_tokens", "-1 (what fits) or at least 1");
     }
-    if (!asked && facts->params->max_tokens > 0) {
-        wanted = facts->params->max_tokens;
-    } else if (!asked && !b->chat) {
-        wanted = facts->completion_max_tokens;
+    return STATUS_OK;
+}
+
+/* How many steps a reply may have when nothing was asked for; 0: what fits. */
+static int64_t default_tokens(const struct body_facts *facts, const struct body *b) {
+    if (b->fills_context) return 0;
+    if (facts->params->max_tokens > 0) return facts->params->max_tokens;
+    return b->chat ? 0 : facts->completion_max_tokens;
+}
+
+static void truncate_prompt(struct body_prompt *p, int64_t most) {
+    if (most <= 0 || p->count <= most) return;
+    p->ids += p->count - most;
+    p->count = most;
+}
+
+/* Truncation and max_tokens of a prompt, against the context. */
+static enum status fit_prompt(const struct body_facts *facts, struct body *b,
+                              struct body_prompt *p) {
+    const int64_t context = facts->max_model_len;
+    const bool asked = b->asked_tokens >= 0;
+    const int64_t wanted = asked ? b->asked_tokens : default_tokens(facts, b);
+    if (b->truncate > 0) truncate_prompt(p, b->truncate);
+    if (b->truncate < 0) truncate_prompt(p, context - (wanted > 0 ? wanted : 1));
+    if (p->count == 0) {
+        return fail_param(STATUS_REQUEST, b->chat ? "messages" : "prompt", NULL,
+                          "the prompt holds no tokens");
     }
-    for (int i = 0; i < b->prompt_count; i++) {
-        struct body_prompt *p = &b->prompts[i];
-        if (truncate) {
-            const int64_t most = truncate > 0 ? truncate : context - (wanted > 0 ? wanted : 1);
-            if (most > 0 && p->count > most) {
-                p->ids += p->count - most;
-                p->count = most;
-            }
-        }
-        if (p->count == 0) {
-            return fail_param(STATUS_REQUEST, b->chat ? "messages" : "prompt", NULL,
-                              "the prompt holds no tokens");
-        }
-        const int64_t least = asked ? wanted : 1;
-        if (p->count > context - least) {
-            b->too_long = p->count;
-            return fail_param(
-                STATUS_REQUEST, b->chat ? "messages" : "prompt", "context_length_exceeded",
-                "This model's maximum context length is %lld tokens. However, you requested "
-                "%lld tokens (%lld in the messages, %lld in the completion).",
-                (long long)context, (long long)(p->count + least), (long long)p->count,
-                (long long)least);
-        }
-        p->max_tokens = wanted > 0 || asked ? wanted : context - p->count;
-        if (p->max_tokens > context - p->count) p->max_tokens = context - p->count;
+    const int64_t least = asked ? wanted : 1;
+    if (p->count > context - least) {
+        b->too_long = p->count;
+        return fail_param(STATUS_REQUEST, b->chat ? "messages" : "prompt",
+                          "context_length_exceeded",
+                          "This model's maximum context length is %lld tokens. However, you "
+                          "requested %lld tokens (%lld in the messages, %lld in the completion).",
+                          (long long)context, (long long)(p->count + least), (long long)p->count,
+                          (long long)least);
     }
+    p->max_tokens = wanted > 0 || asked ? wanted : context - p->count;
+    if (p->max_tokens > context - p->count) p->max_tokens = context - p->count;
     return STATUS_OK;
 }
 
@@ -456,15 +461,14 @@ static enum status read_fields(const struct body_facts *facts, struct body *b) {
         return fail_param(STATUS_REQUEST, messages ? "prompt" : "messages", NULL,
                           "a request needs either messages or prompt");
     }
-    return body_think_block(facts, b);
+    TRY(body_think_block(facts, b));
+    TRY(read_lengths(facts, b));
+    return read_prompts(facts, b);
 }
 
-/* What is known only now that there are prompts. */
-enum status body_end(const struct body_facts *facts, const char *rendered, size_t n,
-                     struct body *b) {
+enum status body_end(const struct body_facts *facts, struct body *b) {
     int64_t min_tokens = 0;
-    TRY(b->chat ? encode(facts, b, rendered, n, false) : read_prompts(facts, b));
-    TRY(fit_prompts(facts, b));
+    for (int i = 0; i < b->prompt_count; i++) TRY(fit_prompt(facts, b, &b->prompts[i]));
     TRY(field_int(b->root, "", "min_tokens", 0, CONFIG_POSITION_MAX, &min_tokens));
     for (int i = 0; i < b->prompt_count; i++) {
         if (min_tokens > b->prompts[i].max_tokens) {
@@ -505,24 +509,44 @@ enum status body_begin_tree(const struct body_facts *facts, json_t *root, struct
     return read_root(facts, out);
 }
 
-static enum status render_and_end(const struct body_facts *facts, struct body *b) {
+static enum status encode(const struct body_facts *facts, struct body *b, int prompt,
+                          const char *text, size_t n) {
+    uint32_t *ids = NULL;
+    size_t count = 0;
+    TRY(tokenizer_encode(facts->tokenizer, text, n, !b->chat, &ids, &count));
+    const enum status status = body_give_ids(facts, b, prompt, ids, count);
+    free(ids);
+    return status;
+}
+
+static enum status encode_chat(const struct body_facts *facts, struct body *b) {
     char *text = NULL;
     size_t n = 0;
-    if (b->chat) TRY(body_render_messages(facts, b->root, &text, &n));
-    const enum status status = body_end(facts, text, n, b);
+    TRY(body_render_messages(facts, b->root, &text, &n));
+    const enum status status = encode(facts, b, 0, text, n);
     free(text);
     return status;
+}
+
+/* All that body_begin leaves to do, here and now. */
+static enum status finish(const struct body_facts *facts, struct body *b) {
+    if (b->chat) TRY(encode_chat(facts, b));
+    for (int i = 0; i < b->prompt_count; i++) {
+        const struct body_prompt *p = &b->prompts[i];
+        if (!p->ids) TRY(encode(facts, b, i, p->text, p->text_bytes));
+    }
+    return body_end(facts, b);
 }
 
 enum status body_parse(const struct body_facts *facts, const char *text, size_t n,
                        struct body *out) {
     TRY(body_begin(facts, text, n, out));
-    return render_and_end(facts, out);
+    return finish(facts, out);
 }
 
 enum status body_parse_tree(const struct body_facts *facts, json_t *root, struct body *out) {
     TRY(body_begin_tree(facts, root, out));
-    return render_and_end(facts, out);
+    return finish(facts, out);
 }
 
 void body_fini(struct body *b) {

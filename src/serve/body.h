@@ -49,7 +49,10 @@ struct body_facts {
 };
 
 struct body_prompt {
-    uint32_t *ids;
+    const char
+        *text; /* to be tokenised, borrowed from root; NULL: ids were sent, or it is a chat */
+    size_t text_bytes;
+    uint32_t *ids; /* NULL: not yet */
     int64_t count;
     int64_t max_tokens; /* resolved for this prompt */
 };
@@ -58,7 +61,7 @@ struct body {
     arena memory;
     json_t *root;            /* NULL when the text was no JSON object */
     const json_t *custom_id; /* any JSON value, or NULL */
-    bool chat;               /* messages, not prompt */
+    bool chat;               /* messages, not prompt: one prompt, the template's */
     struct request request;  /* without prompt, id and max_tokens: see body_request */
     int prompt_count;
     struct body_prompt prompts[BODY_PROMPTS_MAX];
@@ -68,6 +71,9 @@ struct body {
     bool include_stop, skip_special;
     bool include_reasoning, separate_reasoning, stream_reasoning;
     bool stream, include_usage, continuous_usage, echo;
+    int64_t asked_tokens;   /* max_tokens as it was asked for; -1: it was not */
+    bool fills_context;     /* then: what fits (set after body_begin) instead of the defaults */
+    int64_t truncate;       /* of prompts: most ids; -1: what fits; 0: none */
     double timeout_seconds; /* 0 = none */
     int trace_entries;      /* most entries of a concept token in the trace; 0 = no trace */
     int64_t too_long;       /* prompt ids of a context_length_exceeded error, else 0 */
@@ -79,13 +85,16 @@ enum status body_parse(const struct body_facts *facts, const char *text, size_t 
                        struct body *out);
 /* The same from a tree, whose reference is taken over. */
 enum status body_parse_tree(const struct body_facts *facts, json_t *root, struct body *out);
-/* body_parse in two halves, for who renders templates elsewhere in between: everything that needs no
- * prompt; then the prompts. rendered: the text of a chat body's messages; NULL for other bodies. */
+/* body_parse in parts, for who renders and tokenises elsewhere:
+ *   body_begin     everything that needs no prompt; prompts that were sent as ids
+ *   body_give_ids  the ids of a prompt that has none (copied)
+ *   body_end       what is known only now that all have ids */
 enum status body_begin(const struct body_facts *facts, const char *text, size_t n,
                        struct body *out);
 enum status body_begin_tree(const struct body_facts *facts, json_t *root, struct body *out);
-enum status body_end(const struct body_facts *facts, const char *rendered, size_t n,
-                     struct body *b);
+enum status body_give_ids(const struct body_facts *facts, struct body *b, int prompt,
+                          const uint32_t *ids, size_t count);
+enum status body_end(const struct body_facts *facts, struct body *b);
 void body_fini(struct body *b);
 /* The engine's request for one prompt of the body. Borrows from the body. */
 struct request body_request(const struct body *b, int prompt, uint64_t id);

@@ -1,7 +1,7 @@
 /* call.c: a request from its text to its last event: admission, tickets, deadline, cancel.
  *
  *   service_call ─► LIVE ──────── all choices complete, refused, deadline, client gone ──► OVER ─► freed
- *     a chat: template ─► tickets: held by the engine, each released when its last sequence ended ┘
+ *     chats, long texts: prompts.h ─► tickets: held by the engine, each released when its last sequence ended ┘
  *
  * A call is over as soon as its client knows the end; its memory goes when the engine holds nothing
  * of it any more, because the engine's requests point into the body until then.
@@ -120,8 +120,8 @@ static void leave(call *c) {
     s->waiting_tokens -= c->tokens;
     c->tokens = 0;
     if (c->timer) event_del(c->timer);
-    if (c->render) render_cancel(c->render);
-    c->render = NULL;
+    if (c->making) prompts_cancel(c->making);
+    c->making = NULL;
     for (int i = 0; i < c->ticket_count; i++) {
         if (c->tickets[i] >= 0) call_send_cancel(s, &s->tickets[c->tickets[i]], -1);
     }
@@ -163,21 +163,8 @@ static void start_timer(call *c, double seconds) {
     evtimer_add(c->timer, &wait);
 }
 
-static void on_deadline(evutil_socket_t fd, short what, void *user) {
-    call *c = user;
-    (void)fd;
-    (void)what;
-    const struct refused why = refused_as(REFUSAL_TIMEOUT, NULL,
-                                          "the request did not end within its time limit "
-                                          "(timeout_s, --request-timeout)");
-    call_end(c, &why);
-}
-
 /* Nothing for the engine: echo without logprobs and max_tokens 0. */
-static void on_nothing_to_do(evutil_socket_t fd, short what, void *user) {
-    call *c = user;
-    (void)fd;
-    (void)what;
+static void end_with_echoes(call *c) {
     c->busy = true;
     for (int p = 0; p < c->body.prompt_count && c->state == CALL_LIVE; p++) {
         const int64_t tokens = c->body.prompts[p].count;
@@ -190,6 +177,21 @@ static void on_nothing_to_do(evutil_socket_t fd, short what, void *user) {
     } else {
         call_free_if_over(c);
     }
+}
+
+/* The deadline, or the moment after service_call of a call that needs no engine. */
+static void on_timer(evutil_socket_t fd, short what, void *user) {
+    call *c = user;
+    (void)fd;
+    (void)what;
+    if (c->ticket_count == 0 && !c->making) {
+        end_with_echoes(c);
+        return;
+    }
+    const struct refused why = refused_as(REFUSAL_TIMEOUT, NULL,
+                                          "the request did not end within its time limit "
+                                          "(timeout_s, --request-timeout)");
+    call_end(c, &why);
 }
 
 /* ---- admission ---- */
@@ -213,19 +215,15 @@ static enum status check_timeout(const service *s, const struct body *b) {
                       b->timeout_seconds, most > 0 ? most : 1e9);
 }
 
-/* A chat has one, also before it has been rendered. */
-static int prompts_of(const struct body *b) { return b->chat ? 1 : b->prompt_count; }
-
-/* What the call takes of the engine: sequences, tickets, prompt tokens. */
+/* What the call takes of the engine: sequences, tickets, and prompt tokens where they are known. */
 struct load {
     int sequences, tickets;
     int64_t tokens;
     bool scores, generates;
 };
 static struct load load_of(const struct body *b) {
-    struct load l = {.scores = b->echo && b->request.logprobs, .generates = true};
-    const int prompts = prompts_of(b);
-    if (b->echo && b->prompts[0].max_tokens == 0) l.generates = false; /* the same for all */
+    struct load l = {.scores = b->echo && b->request.logprobs, .generates = b->asked_tokens != 0};
+    const int prompts = b->prompt_count;
     for (int i = 0; i < b->prompt_count; i++) {
         l.tokens += b->prompts[i].count * (l.scores + l.generates);
     }
@@ -269,11 +267,12 @@ static enum status read_body(service *s, const struct call_options *o, struct bo
     TRY(check_kind(b, o->kind));
     TRY(check_timeout(s, b));
     if (!b->chat) b->separate_reasoning = false; /* completions: the raw reply (serving.md §4.3) */
+    b->fills_context = o->fills_context;
     return STATUS_OK;
 }
 
 static enum status open_replies(call *c) {
-    c->choice_count = c->open_count = prompts_of(&c->body) * c->body.request.choices;
+    c->choice_count = c->open_count = c->body.prompt_count * c->body.request.choices;
     c->choices = calloc((size_t)c->choice_count, sizeof *c->choices);
     if (!c->choices) return fail(STATUS_MEMORY, "no memory for replies");
     for (int i = 0; i < c->choice_count; i++) {
@@ -338,18 +337,43 @@ static struct refused refusal_of(const call *c) {
     return why;
 }
 
-static enum status end_body(call *c, const char *text, size_t n, struct load *l) {
-    TRY(body_end(c->service->facts, text, n, &c->body));
-    *l = load_of(&c->body);
-    return check_tokens(c->service, l);
+static enum status order_prompts(const struct body_facts *facts, const struct body *b,
+                                 struct prompt_order *o) {
+    o->tokenizer = facts->tokenizer;
+    o->add_special = !b->chat;
+    if (b->chat) return body_read_template(facts, b->root, &o->template);
+    for (int i = 0; i < b->prompt_count; i++) {
+        const struct body_prompt *p = &b->prompts[i];
+        if (!p->ids) TRY(prompt_order_add(o, p->text, p->text_bytes));
+    }
+    return STATUS_OK;
 }
 
-static void on_rendered(void *user, const char *text, size_t n) {
+/* made: what order_prompts asked for. */
+static enum status take_prompts(call *c, const struct prompt_made *made) {
+    struct body *b = &c->body;
+    for (int i = 0; i < b->prompt_count; i++) {
+        if (b->prompts[i].ids) continue;
+        TRY(body_give_ids(c->service->facts, b, i, made->ids, made->count));
+        made++;
+    }
+    return body_end(c->service->facts, b);
+}
+
+static enum status prepare_late(call *c, const struct prompt_made *made, struct load *l) {
+    TRY(take_prompts(c, made));
+    *l = load_of(&c->body);
+    TRY(check_tokens(c->service, l));
+    return take_tickets(c, l);
+}
+
+static void on_made(void *user, const struct prompt_made *made) {
     call *c = user;
     struct load l;
-    c->render = NULL;
-    if (text && end_body(c, text, n, &l) == STATUS_OK && take_tickets(c, &l) == STATUS_OK) {
+    c->making = NULL;
+    if (made && prepare_late(c, made, &l) == STATUS_OK) {
         submit_all(c, &l);
+        if (c->ticket_count == 0) end_with_echoes(c);
         return;
     }
     const struct refused why = refusal_of(c);
@@ -375,30 +399,34 @@ static double timeout_of(const service *s, const struct body *b, double given) {
 static enum status open_call(call *c, const struct call_options *o) {
     service *s = c->service;
     struct body *b = &c->body;
-    struct body_template t = {0};
+    struct prompt_order order = {0};
+    enum status status;
     TRY(read_body(s, o, b));
-    enum status status =
-        b->chat ? body_read_template(s->facts, b->root, &t) : body_end(s->facts, NULL, 0, b);
-    if (status != STATUS_OK) goto out;
+    TRY_GOTO(order_prompts(s->facts, b, &order), out);
+    const bool later = !prompt_order_is_short(&order);
+    if (!later) {
+        TRY_GOTO(prompt_order_make(&order), out);
+        TRY_GOTO(take_prompts(c, order.all), out);
+    }
     const struct load l = load_of(b);
     TRY_GOTO(check_room(s, b, &l), out);
     TRY_GOTO(check_tokens(s, &l), out);
     TRY_GOTO(open_replies(c), out);
     const double timeout = timeout_of(s, b, o->timeout_seconds);
-    const bool idle = l.tickets == 0;
+    const bool idle = l.tickets == 0 && !later;
     c->ticket_count = l.tickets;
     c->tickets = malloc(((size_t)l.tickets + 1) * sizeof *c->tickets);
-    c->timer = evtimer_new(s->base, idle ? on_nothing_to_do : on_deadline, c);
+    c->timer = evtimer_new(s->base, on_timer, c);
     if (!c->tickets || !c->timer) TRY_GOTO(fail(STATUS_MEMORY, "no memory for a request"), out);
     for (int i = 0; i < l.tickets; i++) c->tickets[i] = -1;
     TRY_GOTO(
-        b->chat ? render_start(s->renderer, &t, on_rendered, c, &c->render) : take_tickets(c, &l),
+        later ? prompts_start(s->prompter, &order, on_made, c, &c->making) : take_tickets(c, &l),
         out);
     enlist(c, &l); /* from here on nothing fails */
-    if (!b->chat) submit_all(c, &l);
+    if (!later) submit_all(c, &l);
     if (idle || timeout > 0) start_timer(c, idle ? 0 : timeout);
 out:
-    body_template_fini(&t);
+    prompt_order_fini(&order);
     return status;
 }
 

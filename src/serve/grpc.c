@@ -114,14 +114,15 @@ const struct body_facts *grpc_facts(struct rpc *r) {
     return facts;
 }
 
-void grpc_call(struct rpc *r, json_t *root, enum call_kind kind, const char *request_id,
+void grpc_call(struct rpc *r, json_t *root, enum call_kind kind, bool fills_context,
                const struct call_front *front) {
     struct refused why;
     const struct call_options options = {.root = root,
                                          .kind = kind,
-                                         .request_id = request_id ? request_id : r->request_id,
+                                         .request_id = r->request_id,
                                          .trace_id = r->trace_id,
                                          .timeout_seconds = r->timeout_seconds,
+                                         .fills_context = fills_context,
                                          .front = front,
                                          .user = r};
     call *c = service_call(r->site->service, &options, &why);
@@ -238,7 +239,7 @@ static void on_closed(void *user, h2_stream *s) {
     if (!r) return;
     count(r);
     drop_call(r, CALL_DISCONNECTED);
-    if (r->render) render_cancel(r->render);
+    if (r->making) prompts_cancel(r->making);
     grpc_health_forget(r);
     for (int i = 0; r->choices && i < r->choice_count; i++) {
         json_writer_fini(&r->choices[i].text);

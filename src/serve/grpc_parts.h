@@ -21,7 +21,7 @@
 #include "serve/grpc_wire.h"
 #include "serve/h2.h"
 #include "serve/net.h"
-#include "serve/render.h"
+#include "serve/prompts.h"
 
 struct grpc;
 struct rpc;
@@ -47,11 +47,11 @@ struct rpc {
     const struct grpc_method *method; /* NULL: there is no such */
     int method_index;                 /* of metrics */
     char request_id[SERVICE_ID_BYTES], trace_id[33];
-    double timeout_seconds;        /* 0: none */
-    call *call;                    /* NULL: none, or over */
-    struct service_pace pace;      /* of who reads its events */
-    render *render;                /* of Tokenize with messages; NULL: none */
-    bool add_special, with_pieces; /* its fields */
+    double timeout_seconds;   /* 0: none */
+    call *call;               /* NULL: none, or over */
+    struct service_pace pace; /* of who reads its events */
+    prompt_job *making;       /* of Tokenize; NULL: none */
+    bool with_pieces;         /* its field */
     struct grpc_choice *choices;
     int choice_count;
     /* health Watch */
@@ -88,9 +88,9 @@ void grpc_end_as(struct rpc *r, enum refusal kind, const char *text);
 void grpc_end_unimplemented(struct rpc *r, const char *text);
 /* The facts, or NULL and the rpc has been ended with UNAVAILABLE. */
 const struct body_facts *grpc_facts(struct rpc *r);
-/* Admits a call; `root` is taken over. request_id NULL: the rpc's own. On a refusal the rpc has been
+/* Admits a call; `root` is taken over. fills_context: as in call_options. On a refusal the rpc has been
  * ended. */
-void grpc_call(struct rpc *r, json_t *root, enum call_kind kind, const char *request_id,
+void grpc_call(struct rpc *r, json_t *root, enum call_kind kind, bool fills_context,
                const struct call_front *front);
 /* The end function of call fronts. */
 void grpc_call_ended(void *user, call *c, const struct refused *why);

@@ -194,7 +194,7 @@ static json_t *read_tree(struct rpc *r, const ProtobufCMessageDescriptor *type,
 
 static void generation(struct rpc *r, const uint8_t *bytes, size_t n, enum call_kind kind) {
     json_t *root = read_tree(r, &sfumato__v1__request__descriptor, bytes, n);
-    if (root) grpc_call(r, root, kind, NULL, &generation_front);
+    if (root) grpc_call(r, root, kind, false, &generation_front);
 }
 
 static void chat_call(struct rpc *r, const uint8_t *bytes, size_t n) {
@@ -207,52 +207,61 @@ static void generate_call(struct rpc *r, const uint8_t *bytes, size_t n) {
 
 /* ---- Tokenize, Detokenize ---- */
 
-static void reply_tokens(struct rpc *r, const struct body_facts *facts, uint32_t *ids, size_t count,
-                         bool with_pieces) {
+static void reply_tokens(struct rpc *r, const struct prompt_made *made) {
+    const struct body_facts *facts = service_facts(r->site->service);
+    const size_t count = made->count;
     Sfumato__V1__TokenizeResponse m = SFUMATO__V1__TOKENIZE_RESPONSE__INIT;
-    ProtobufCBinaryData *pieces = with_pieces ? malloc((count + 1) * sizeof *pieces) : NULL;
+    ProtobufCBinaryData *pieces = r->with_pieces ? malloc((count + 1) * sizeof *pieces) : NULL;
     m.count = (uint32_t)count;
     m.max_model_len = (uint32_t)facts->max_model_len;
     m.n_tokens = count;
-    m.tokens = ids;
-    for (size_t i = 0; pieces && i < count; i++) pieces[i] = piece_of(facts->tokenizer, ids[i]);
+    m.tokens = made->ids;
+    for (size_t i = 0; pieces && i < count; i++) {
+        pieces[i] = piece_of(facts->tokenizer, made->ids[i]);
+    }
     m.n_token_strs = pieces ? count : 0;
     m.token_strs = pieces;
     grpc_reply(r, &m);
     free(pieces);
 }
 
-static enum status finish_tokens(struct rpc *r, const char *text, size_t n) {
-    const struct body_facts *facts = service_facts(r->site->service);
-    uint32_t *ids = NULL;
-    size_t count = 0;
-    TRY(tokenizer_encode(facts->tokenizer, text, n, r->add_special, &ids, &count));
-    reply_tokens(r, facts, ids, count, r->with_pieces);
-    free(ids);
-    return STATUS_OK;
-}
-
-static void on_rendered(void *user, const char *text, size_t n) {
+static void on_made(void *user, const struct prompt_made *made) {
     struct rpc *r = user;
-    r->render = NULL;
-    if (!text || finish_tokens(r, text, n) != STATUS_OK) grpc_end_last(r);
+    r->making = NULL;
+    if (made) {
+        reply_tokens(r, made);
+    } else {
+        grpc_end_last(r);
+    }
 }
 
-/* Answers at once, or when the template has been rendered. */
-static enum status read_text(struct rpc *r, const struct body_facts *facts, const json_t *root) {
+static enum status read_order(const struct body_facts *facts, const json_t *root,
+                              struct prompt_order *o) {
     const json_t *prompt = json_object_get(root, "prompt");
     const json_t *add = json_object_get(root, "add_special_tokens");
-    struct body_template t;
     if (!prompt == !json_object_get(root, "messages")) {
         return fail_param(STATUS_REQUEST, "prompt", NULL, "one of prompt and messages is needed");
     }
-    r->add_special = prompt ? !json_is_false(add) : json_is_true(add);
+    o->tokenizer = facts->tokenizer;
+    o->add_special = prompt ? !json_is_false(add) : json_is_true(add);
+    if (!prompt) return body_read_template(facts, root, &o->template);
+    return prompt_order_add(o, json_string_value(prompt), json_string_length(prompt));
+}
+
+/* Answers at once, or when the text has been rendered and tokenised. */
+static enum status read_text(struct rpc *r, const struct body_facts *facts, const json_t *root) {
+    struct prompt_order o = {0};
+    enum status status;
     r->with_pieces = json_is_true(json_object_get(root, "return_token_strs"));
-    if (prompt) return finish_tokens(r, json_string_value(prompt), json_string_length(prompt));
-    enum status status = body_read_template(facts, root, &t);
-    if (status == STATUS_OK)
-        status = render_start(service_renderer(r->site->service), &t, on_rendered, r, &r->render);
-    body_template_fini(&t);
+    TRY_GOTO(read_order(facts, root, &o), out);
+    if (prompt_order_is_short(&o)) {
+        TRY_GOTO(prompt_order_make(&o), out);
+        reply_tokens(r, o.all);
+        goto out;
+    }
+    TRY_GOTO(prompts_start(service_prompter(r->site->service), &o, on_made, r, &r->making), out);
+out:
+    prompt_order_fini(&o);
     return status;
 }
 

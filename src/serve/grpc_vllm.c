@@ -48,26 +48,6 @@ static bool check_offered(struct rpc *r, const generate_request *m) {
     return true;
 }
 
-/* max_tokens left out means what fits, which the prompt API has no word for: the prompt's ids are
- * needed to say it as a number. */
-static enum status fill_max_tokens(const struct body_facts *facts, json_t *root) {
-    json_t *prompt = json_object_get(root, "prompt");
-    if (json_object_get(root, "max_tokens")) return STATUS_OK;
-    if (json_is_string(prompt)) {
-        uint32_t *ids = NULL;
-        size_t count = 0;
-        TRY(tokenizer_encode(facts->tokenizer, json_string_value(prompt),
-                             json_string_length(prompt), true, &ids, &count));
-        prompt = json_array();
-        for (size_t i = 0; i < count; i++) json_array_append_new(prompt, json_integer(ids[i]));
-        free(ids);
-        json_object_set_new(root, "prompt", prompt);
-    }
-    const int64_t left = facts->max_model_len - (int64_t)json_array_size(prompt);
-    json_object_set_new(root, "max_tokens", json_integer(left > 0 ? left : 1));
-    return STATUS_OK;
-}
-
 /* The prompt as the completions API takes it. */
 static enum status read_prompt(generate_request *m, int64_t item_max, json_t **out) {
     json_t *input = NULL;
@@ -90,8 +70,7 @@ static enum status read_prompt(generate_request *m, int64_t item_max, json_t **o
     return STATUS_OK;
 }
 
-static enum status to_tree(struct rpc *r, const struct body_facts *facts, generate_request *m,
-                           json_t **out) {
+static enum status to_tree(struct rpc *r, generate_request *m, json_t **out) {
     const int64_t item_max = r->site->params->max_body_bytes / 2;
     json_t *root = NULL, *prompt = NULL;
     if (m->sampling_params) {
@@ -107,7 +86,6 @@ static enum status to_tree(struct rpc *r, const struct body_facts *facts, genera
         if (!json_object_get(root, "top_p")) json_object_set_new(root, "top_p", json_integer(1));
         if (!json_object_get(root, "top_k")) json_object_set_new(root, "top_k", json_integer(0));
         if (!json_object_get(root, "min_p")) json_object_set_new(root, "min_p", json_integer(0));
-        status = fill_max_tokens(facts, root);
     }
     if (status != STATUS_OK) {
         json_decref(root);
@@ -233,10 +211,10 @@ static void generate(struct rpc *r, const uint8_t *bytes, size_t n) {
         grpc_unpack(r, &vllm__grpc__engine__generate_request__descriptor, &memory, bytes, n);
     if (m && check_offered(r, m)) {
         take_request_id(r, &m->request_id);
-        if (to_tree(r, facts, m, &root) != STATUS_OK) grpc_end_last(r);
+        if (to_tree(r, m, &root) != STATUS_OK) grpc_end_last(r);
     }
     arena_fini(&memory);
-    if (root) grpc_call(r, root, CALL_COMPLETION, NULL, &generation_front);
+    if (root) grpc_call(r, root, CALL_COMPLETION, true, &generation_front);
 }
 
 /* ---- the rest ---- */

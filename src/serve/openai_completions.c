@@ -22,6 +22,8 @@ struct completions {
     char **texts;            /* [prompt_count], only with echo */
     size_t *text_bytes;
     int choice_count, prompt_count;
+    bool echoed; /* texts and the first items of prompts are there */
+    bool failed; /* or there was no memory for them */
 };
 
 /* ---- tokens as text ---- */
@@ -135,7 +137,7 @@ static const tokenizer *tokenizer_of(const struct generation *g) {
 }
 
 /* The prompt as it was sent, or its ids as text. */
-static enum status open_text(struct generation *g, struct completions *own, int prompt) {
+static enum status echo_text(struct generation *g, struct completions *own, int prompt) {
     const json_t *sent = json_object_get(g->body->root, "prompt");
     const struct body_prompt *p = &g->body->prompts[prompt];
     if (json_is_array(sent) && !json_is_integer(json_array_get(sent, 0))) {
@@ -151,7 +153,6 @@ static enum status open_text(struct generation *g, struct completions *own, int 
 }
 
 static enum status completions_open(struct generation *g) {
-    const tokenizer *t = tokenizer_of(g);
     struct completions *own = calloc(1, sizeof *own);
     g->own = own;
     if (!own) return fail(STATUS_MEMORY, "no memory for a reply");
@@ -164,18 +165,24 @@ static enum status completions_open(struct generation *g) {
     if (!own->choices || !own->prompts || !own->texts || !own->text_bytes) {
         return fail(STATUS_MEMORY, "no memory for a reply");
     }
-    for (int p = 0; g->body->echo && p < own->prompt_count; p++) {
-        const struct body_prompt *prompt = &g->body->prompts[p];
-        TRY(open_text(g, own, p));
-        if (!g->body->request.logprobs) continue;
-        columns_add(&own->prompts[p], t, prompt->ids[0], NAN, 0, NULL,
-                    is_shown(g, t, prompt->ids[0]));
-        const int64_t length = code_points(own->texts[p], own->text_bytes[p]);
-        for (int i = 0; i < g->body->request.choices; i++) {
-            own->choices[p * g->body->request.choices + i].offset = length;
-        }
-    }
     return STATUS_OK;
+}
+
+/* What stands before the reply: when something is first heard of it, for then prompts have ids. */
+static void begin_echo(struct generation *g) {
+    struct completions *own = g->own;
+    const tokenizer *t = tokenizer_of(g);
+    const int n = g->body->request.choices;
+    if (!g->body->echo || own->echoed) return;
+    own->echoed = true;
+    for (int p = 0; p < own->prompt_count; p++) {
+        const uint32_t id = g->body->prompts[p].ids[0];
+        if (echo_text(g, own, p) != STATUS_OK) own->failed = true;
+        if (!g->body->request.logprobs) continue;
+        columns_add(&own->prompts[p], t, id, NAN, 0, NULL, is_shown(g, t, id));
+        const int64_t length = code_points(own->texts[p], own->text_bytes[p]);
+        for (int i = 0; i < n; i++) own->choices[p * n + i].offset = length;
+    }
 }
 
 static void completions_close(struct generation *g) {
@@ -194,6 +201,7 @@ static void completions_close(struct generation *g) {
 static void completions_note(struct generation *g, int choice, const struct engine_event *e) {
     struct completions *own = g->own;
     if (!g->body->request.logprobs) return;
+    begin_echo(g);
     const tokenizer *t = tokenizer_of(g);
     const uint32_t id = e->decision->trace_id;
     columns_add(&own->choices[choice], t, id, (double)e->logprob, e->top_count, e->top,
@@ -205,6 +213,7 @@ static void completions_note_prompt(struct generation *g, int prompt,
     struct completions *own = g->own;
     const struct body_prompt *p = &g->body->prompts[prompt];
     const tokenizer *t = tokenizer_of(g);
+    begin_echo(g);
     if (e->position + 1 >= p->count) return;
     const uint32_t id = p->ids[e->position + 1];
     columns_add(&own->prompts[prompt], t, id, e->next_logprob, e->top_count, e->top,
@@ -281,6 +290,8 @@ static void completions_whole(struct generation *g, int choice, struct json_writ
     const int prompt = choice / g->body->request.choices;
     const bool echo = g->body->echo;
     struct reply_parts parts;
+    begin_echo(g);
+    w->failed |= own->failed;
     reply_get_parts(r, &parts);
     write_begin(choice, own->texts[prompt], own->text_bytes[prompt], parts.answer->bytes,
                 parts.answer->n, w);

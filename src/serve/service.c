@@ -49,7 +49,7 @@ enum status service_new(struct event_base *base, const struct params *params, st
         return fail(STATUS_MEMORY, "no memory for %d sequences: lower --max-num-queued-reqs",
                     s->sequences_max);
     }
-    const enum status status = renderer_new(base, s->sequences_max, &s->renderer);
+    const enum status status = prompter_new(base, s->sequences_max, &s->prompter);
     if (status != STATUS_OK) {
         service_free(s);
         return status;
@@ -63,7 +63,7 @@ enum status service_new(struct event_base *base, const struct params *params, st
 /* The loop has ended: what is left belongs to calls whose sequences the engine never ended. */
 void service_free(service *s) {
     if (!s) return;
-    renderer_free(s->renderer);
+    prompter_free(s->prompter);
     while (s->calls) {
         call *c = s->calls;
         for (int i = 0; i < c->ticket_count; i++) {
@@ -129,8 +129,8 @@ void service_die(service *s, const char *text) {
     service_end_all(s, REFUSAL_DEAD, text);
 }
 
-struct renderer *service_renderer(const service *s) {
-    return s->renderer;
+struct prompter *service_prompter(const service *s) {
+    return s->prompter;
 }
 
 int service_calls(const service *s) { return s->call_count; }

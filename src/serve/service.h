@@ -1,6 +1,6 @@
 /* service.h: the protocol-independent core of the service (serving.md §6, §8), on the net thread.
  *
- *   HTTP, gRPC ─► service_call ─► admission ─► (template) ─► tickets ══down══► worker ─► engine
+ *   HTTP, gRPC ─► service_call ─► admission ─► (prompts.h) ─► tickets ══down══► worker ─► engine
  *       ▲                                                                    │
  *       └─ front: step, finish, end ◄─ replies ◄─ tickets ◄══up══ events ◄───┘
  *
@@ -77,8 +77,8 @@ void service_die(service *s, const char *text);
 int service_calls(const service *s);        /* not ended yet, as clients see it */
 int service_sequences(const service *s);    /* held by the engine, queued ones included */
 bool service_aborted_any(const service *s); /* a call was ended by service_end_all or service_die */
-/* For templates outside of calls. */
-struct renderer *service_renderer(const service *s);
+/* For templates and texts outside of calls. */
+struct prompter *service_prompter(const service *s);
 /* Up messages, when net.c sees the mailbox's file descriptor readable. */
 void service_read(service *s);
 /* Gauges that are computed when somebody looks. */
@@ -113,12 +113,13 @@ struct call_options {
     const char *request_id; /* valid (service_request_id) */
     const char *trace_id;   /* of traceparent, for the log; NULL or "" */
     double timeout_seconds; /* grpc-timeout; 0: the body's timeout_s and --request-timeout alone */
+    bool fills_context;     /* max_tokens left out means what fits, whatever the defaults are */
     const struct call_front *front;
     void *user;
 };
 
 /* Parses, validates and admits a request, whole or not at all. NULL: refused, *why says how. What
- * is found out only when the template of a chat has been rendered comes as its end. */
+ * is found out only when its prompts have been made (prompts.h) comes as its end. */
 call *service_call(service *s, const struct call_options *options, struct refused *why);
 
 /* How far behind a stream's reader is. Zero at first. */

@@ -8,7 +8,7 @@
 #ifndef SFUMATO_SERVE_SERVICE_PARTS_H
 #define SFUMATO_SERVE_SERVICE_PARTS_H
 
-#include "serve/render.h"
+#include "serve/prompts.h"
 #include "serve/service.h"
 
 enum { WATCHERS_MAX = 4 };
@@ -46,7 +46,7 @@ struct call {
     enum call_state state;
     bool busy; /* a front function runs: do not free */
     struct body body;
-    render *render; /* its template is being rendered: nothing has gone to the engine; or NULL */
+    prompt_job *making; /* its prompts are being made: nothing has gone to the engine; or NULL */
     struct choice *choices; /* [choice_count] */
     int choice_count, open_count;
     int *tickets; /* [ticket_count] indices, -1 when released */
@@ -67,7 +67,7 @@ struct service {
     const struct params *params;
     struct wires *wires;
     struct metrics *metrics;
-    renderer *renderer;
+    prompter *prompter;
     const struct body_facts *facts;
     enum service_state state;
     double start;

@@ -6,7 +6,7 @@
 
 #include "serve/fields.h"
 #include "serve/http.h"
-#include "serve/render.h"
+#include "serve/prompts.h"
 
 enum { IDS_MAX = 1 << 24 };
 
@@ -59,95 +59,95 @@ static void write_tokens(const struct body_facts *facts, const uint32_t *ids, si
     json_end(w, '}');
 }
 
-static void reply_prompt(struct exchange *x, const char *text, size_t n) {
-    struct json_writer w;
-    json_writer_init(&w);
-    json_begin(&w, '{');
-    json_key(&w, "prompt");
-    json_write_string(&w, text, n);
-    json_end(&w, '}');
-    http_reply_json(x, 200, &w);
-    json_writer_fini(&w);
+static void write_prompt(const char *text, size_t n, struct json_writer *w) {
+    json_begin(w, '{');
+    json_key(w, "prompt");
+    json_write_string(w, text, n);
+    json_end(w, '}');
 }
 
 /* ---- texts: prompt, or messages through the template ---- */
 
-struct text_job;
-typedef enum status text_finish(struct text_job *j, const char *text, size_t n);
-
-/* A request whose template is being rendered, or that needs none. */
+/* A request whose text is being rendered or tokenised, or is short. */
 struct text_job {
     struct exchange *x;
     const struct body_facts *facts;
-    render *render;
-    text_finish *finish;
-    bool add_special, strings; /* of /tokenize */
+    prompt_job *making;
+    bool tokenize; /* else the text itself is wanted */
+    bool strings;  /* of /tokenize */
 };
 
-static enum status finish_tokens(struct text_job *j, const char *text, size_t n) {
-    uint32_t *ids = NULL;
-    size_t count = 0;
+static void reply_made(const struct text_job *j, const struct prompt_made *made) {
     struct json_writer w;
-    TRY(tokenizer_encode(j->facts->tokenizer, text, n, j->add_special, &ids, &count));
     json_writer_init(&w);
-    write_tokens(j->facts, ids, count, j->strings, &w);
+    if (j->tokenize) {
+        write_tokens(j->facts, made->ids, made->count, j->strings, &w);
+    } else {
+        write_prompt(made->text, made->n, &w);
+    }
     http_reply_json(j->x, 200, &w);
     json_writer_fini(&w);
-    free(ids);
-    return STATUS_OK;
 }
 
-static enum status finish_prompt(struct text_job *j, const char *text, size_t n) {
-    reply_prompt(j->x, text, n);
-    return STATUS_OK;
-}
-
-static void on_rendered(void *user, const char *text, size_t n) {
+static void on_made(void *user, const struct prompt_made *made) {
     struct text_job *j = user;
-    if (!text || j->finish(j, text, n) != STATUS_OK) reply_failure(j->x);
+    if (made) {
+        reply_made(j, made);
+    } else {
+        reply_failure(j->x);
+    }
     free(j);
 }
 
 static void on_gone(struct exchange *x) {
     struct text_job *j = x->user;
-    render_cancel(j->render);
+    prompts_cancel(j->making);
     free(j);
 }
 
-/* Answers at once, or later: then *parked has taken the job. */
-static enum status read_text(struct text_job *j, json_t *root, bool *parked) {
+/* What is to be made: a text, or with messages a template. */
+static enum status read_order(const struct text_job *j, const json_t *root,
+                              struct prompt_order *o) {
     const json_t *messages = field_get(root, "messages");
     const char *prompt = NULL;
-    struct body_template t;
-    j->add_special = !messages;
+    o->add_special = !messages;
+    if (j->tokenize) o->tokenizer = j->facts->tokenizer;
     TRY(field_text(root, "", "prompt", &prompt));
-    TRY(field_bool(root, "", "return_token_strs", &j->strings));
-    TRY(field_bool(root, "", "add_special_tokens", &j->add_special));
+    TRY(field_bool(root, "", "add_special_tokens", &o->add_special));
     if (messages && prompt) {
         return fail_param(STATUS_REQUEST, "prompt", NULL,
                           "a request needs either messages or prompt");
     }
-    if (!messages && (!prompt || j->finish == finish_prompt)) {
-        const char *key = j->finish == finish_prompt ? "messages" : "prompt";
+    if (!messages && (!prompt || !j->tokenize)) {
+        const char *key = j->tokenize ? "prompt" : "messages";
         return fail_param(STATUS_REQUEST, key, NULL, "%s is missing", key);
     }
-    if (prompt) {
-        return j->finish(j, prompt, json_string_length(json_object_get(root, "prompt")));
+    if (messages) return body_read_template(j->facts, root, &o->template);
+    return prompt_order_add(o, prompt, json_string_length(json_object_get(root, "prompt")));
+}
+
+/* Answers at once, or later: then *parked has taken the job. */
+static enum status read_text(struct text_job *j, const json_t *root, bool *parked) {
+    struct prompt_order o = {0};
+    enum status status;
+    TRY_GOTO(field_bool(root, "", "return_token_strs", &j->strings), out);
+    TRY_GOTO(read_order(j, root, &o), out);
+    if (prompt_order_is_short(&o)) {
+        TRY_GOTO(prompt_order_make(&o), out);
+        reply_made(j, o.all);
+        goto out;
     }
-    enum status status = body_read_template(j->facts, root, &t);
-    if (status == STATUS_OK)
-        status =
-            render_start(service_renderer(j->x->site->service), &t, on_rendered, j, &j->render);
-    body_template_fini(&t);
-    TRY(status);
+    TRY_GOTO(prompts_start(service_prompter(j->x->site->service), &o, on_made, j, &j->making), out);
     *parked = true;
     j->x->user = j;
     j->x->on_gone = on_gone;
     http_hold(j->x);
-    return STATUS_OK;
+out:
+    prompt_order_fini(&o);
+    return status;
 }
 
-static void start_text(struct exchange *x, text_finish *finish) {
+static void start_text(struct exchange *x, bool tokenize) {
     const struct body_facts *facts = facts_of(x);
     if (!facts) return;
     json_t *root = NULL;
@@ -155,7 +155,7 @@ static void start_text(struct exchange *x, text_finish *finish) {
     enum status status;
     struct text_job *j = calloc(1, sizeof *j);
     if (!j) TRY_GOTO(fail(STATUS_MEMORY, "no memory for a request"), out);
-    *j = (struct text_job){.x = x, .facts = facts, .finish = finish};
+    *j = (struct text_job){.x = x, .facts = facts, .tokenize = tokenize};
     TRY_GOTO(read_object(x, facts, &root), out);
     TRY_GOTO(read_text(j, root, &parked), out);
 out:
@@ -164,8 +164,8 @@ out:
     if (!parked) free(j);
 }
 
-void text_tokenize(struct exchange *x) { start_text(x, finish_tokens); }
-void text_apply_template(struct exchange *x) { start_text(x, finish_prompt); }
+void text_tokenize(struct exchange *x) { start_text(x, true); }
+void text_apply_template(struct exchange *x) { start_text(x, false); }
 
 static enum status read_ids(const struct body_facts *facts, const json_t *root, uint32_t **ids,
                             size_t *count) {
@@ -196,12 +196,16 @@ void text_detokenize(struct exchange *x) {
     char *text = NULL;
     uint32_t *ids = NULL;
     size_t n = 0, count = 0;
+    struct json_writer w;
     enum status status;
+    json_writer_init(&w);
     TRY_GOTO(read_object(x, facts, &root), out);
     TRY_GOTO(read_ids(facts, root, &ids, &count), out);
     TRY_GOTO(tokenizer_decode(facts->tokenizer, ids, count, false, &text, &n), out);
-    reply_prompt(x, text, n);
+    write_prompt(text, n, &w);
+    http_reply_json(x, 200, &w);
 out:
+    json_writer_fini(&w);
     if (status != STATUS_OK) reply_failure(x);
     json_decref(root);
     free(text);

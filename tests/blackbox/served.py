@@ -253,6 +253,18 @@ class BothServer(Server):
         super().__init__("--grpc-port", "0", *flags, ranks=ranks, **more)
 
 
+class Background(threading.Thread):
+    """A call whose answer can be looked at later."""
+
+    def __init__(self, function, *args, **more):
+        super().__init__(daemon=True)
+        self.work, self.answer = lambda: function(*args, **more), None
+        self.start()
+
+    def run(self):
+        self.answer = self.work()
+
+
 def joined(events, member="content", index=0):
     """The text of one choice of a chat stream."""
     return "".join(

@@ -1,11 +1,10 @@
 """A chat template is a program of somebody else's. A slow one holds up nobody but those who wait for a template."""
 import json
-import threading
 import time
 
 import pytest
 from conftest import TINY, chat
-from served import Server, joined
+from served import Background, Server, joined
 
 # {"slow": N}: N rounds of a loop that takes 0.1 to 0.3 s a round; the render is killed after 5 s
 SLOW = "{% for i in range(8 * slow | default(0)) %}{% for j in range(90000) %}{% set x = i * j %}{% endfor %}{% endfor %}"
@@ -29,18 +28,6 @@ def server(model):
     with Server("--served-model-name", "tiny", "--max-num-queued-reqs", "16", ranks=0, model=model) as running:
         assert running.chat("Hi", max_tokens=1)["choices"]
         yield running
-
-
-class Background(threading.Thread):
-    """A call whose answer can be looked at later."""
-
-    def __init__(self, function, *args, **more):
-        super().__init__(daemon=True)
-        self.work, self.answer = lambda: function(*args, **more), None
-        self.start()
-
-    def run(self):
-        self.answer = self.work()
 
 
 def test_others_go_on(server):
