@@ -4,10 +4,11 @@
  *                                                         OPTIONS, method, Origin, key, type ─► route
  *
  * libevent 2.1 has no limit on connections and tells nobody when an idle one closes. So the inode
- * of each socket is kept, and a sweep finds those that are gone. A connection beyond the limit is
- * told so (503) when its first request has come; beyond some more the listener rests until others
- * have closed. An exchange lives until its last byte is written, or its connection is closed.
- * Thread: net. Memory: two words a connection, an exchange a request.
+ * of each socket is kept, and a sweep finds those that are gone. Its idle limit begins anew with
+ * every byte: the sweep also ends connections that do not get a whole request together
+ * (--receive-timeout). A connection beyond the limit is told so (503) when its first request has
+ * come; beyond some more the listener rests until others have closed. An exchange lives until its last byte is written, or its connection is closed.
+ * Thread: net. Memory: three words a connection, an exchange a request.
  */
 #include "serve/http.h"
 
@@ -22,6 +23,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <strings.h>
+#include <sys/socket.h>
 #include <sys/stat.h>
 
 #include "base/log.h"
@@ -37,10 +39,19 @@ static bool is_open(const struct connection *c) {
     return fstat(c->fd, &facts) == 0 && facts.st_ino == c->inode;
 }
 
+/* Closing is libevent's: it sees the end of the stream. */
+static void end_if_late(const struct http *h, const struct connection *c) {
+    if (c->waits_since == 0) return;
+    if (service_clock() - c->waits_since > h->site.params->receive_timeout)
+        shutdown(c->fd, SHUT_RDWR);
+}
+
 static void sweep(struct http *h) {
     int kept = 0;
     for (int i = 0; i < h->connection_count; i++) {
-        if (is_open(&h->connections[i])) h->connections[kept++] = h->connections[i];
+        if (!is_open(&h->connections[i])) continue;
+        end_if_late(h, &h->connections[i]);
+        h->connections[kept++] = h->connections[i];
     }
     h->connection_count = kept;
     if (h->resting && kept < h->connection_max + OVER_MAX) {
@@ -62,6 +73,15 @@ static void on_sweep(evutil_socket_t fd, short what, void *user) {
     h->sweeps = 0;
 }
 
+/* In the place of one that is gone and had the same descriptor, if the sweep has not come since. */
+static void keep(struct http *h, int fd, ino_t inode) {
+    int i = 0;
+    while (i < h->connection_count && h->connections[i].fd != fd) i++;
+    if (i == h->connection_max + OVER_MAX) return;
+    if (i == h->connection_count) h->connection_count++;
+    h->connections[i] = (struct connection){fd, inode, service_clock()};
+}
+
 /* libevent gives the socket to a connection after on_accept, and nothing can close it before this
  * runs: it is next in the queue of the loop. */
 static void on_fresh(evutil_socket_t fd, short what, void *user) {
@@ -71,9 +91,7 @@ static void on_fresh(evutil_socket_t fd, short what, void *user) {
     for (int i = 0; i < h->fresh_count; i++) {
         const int socket = bufferevent_getfd(h->fresh[i]);
         struct stat facts;
-        if (fstat(socket, &facts) == 0 && h->connection_count < h->connection_max + OVER_MAX) {
-            h->connections[h->connection_count++] = (struct connection){socket, facts.st_ino};
-        }
+        if (fstat(socket, &facts) == 0) keep(h, socket, facts.st_ino);
     }
     h->fresh_count = 0;
     if (h->connection_count >= h->connection_max) sweep(h);
@@ -93,12 +111,18 @@ static struct bufferevent *on_accept(struct event_base *base, void *user) {
     return connection;
 }
 
-static bool is_over_limit(const struct http *h, struct evhttp_connection *connection) {
+/* NULL: closed, and swept already. */
+static struct connection *find_connection(const struct http *h,
+                                          struct evhttp_connection *connection) {
     const int fd = bufferevent_getfd(evhttp_connection_get_bufferevent(connection));
-    for (int i = h->connection_max; i < h->connection_count; i++) {
-        if (h->connections[i].fd == fd) return true;
+    for (int i = 0; i < h->connection_count; i++) {
+        if (h->connections[i].fd == fd) return &h->connections[i];
     }
-    return false;
+    return NULL;
+}
+
+static bool is_over_limit(const struct http *h, const struct connection *c) {
+    return c && c - h->connections >= h->connection_max;
 }
 
 /* ---- exchanges ---- */
@@ -296,7 +320,10 @@ static void on_complete(struct evhttp_request *request, void *user) {
     struct evhttp_connection *connection = evhttp_request_get_connection(request);
     evhttp_connection_set_closecb(connection, NULL, NULL);
     bufferevent_set_timeouts(evhttp_connection_get_bufferevent(connection), &idle, &idle);
-    http_finish(user);
+    struct exchange *x = user;
+    struct connection *c = find_connection(x->http, connection);
+    if (c) c->waits_since = service_clock();
+    http_finish(x);
 }
 
 void http_finish(struct exchange *x) {
@@ -370,10 +397,12 @@ static void on_request(struct evhttp_request *request, void *user) {
     const enum evhttp_cmd_type method = evhttp_request_get_command(request);
     const struct evhttp_uri *uri = evhttp_request_get_evhttp_uri(request);
     struct exchange *x = exchange_new(h, request);
+    struct connection *c = find_connection(h, evhttp_request_get_connection(request));
     if (!x) {
         evhttp_send_error(request, 503, NULL);
         return;
     }
+    if (c) c->waits_since = 0;
     x->head = method == EVHTTP_REQ_HEAD;
     x->large = evbuffer_get_length(evhttp_request_get_input_buffer(request)) > LARGE_BODY_BYTES;
     x->path = uri ? evhttp_uri_get_path(uri) : NULL;
@@ -385,7 +414,7 @@ static void on_request(struct evhttp_request *request, void *user) {
     x->route = find_route(x->path);
     service_request_id(http_find(x, "X-Request-Id"), x->request_id);
     service_trace_id(http_find(x, "traceparent"), x->trace_id);
-    if (is_over_limit(h, evhttp_request_get_connection(request))) {
+    if (is_over_limit(h, c)) {
         enum { CONNECTIONS = 2 };
         metric_add(h->site.metrics, METRIC_rejections, CONNECTIONS, 1);
         http_header(x, "Connection", "close");

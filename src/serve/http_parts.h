@@ -12,6 +12,7 @@ enum { OVER_MAX = 64, FRESH_MAX = 64 };
 struct connection {
     int fd;
     ino_t inode;
+    double waits_since; /* for a whole request; 0: for an answer */
 };
 
 struct http {

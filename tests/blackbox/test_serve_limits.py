@@ -7,6 +7,7 @@ import json
 import re
 import socket
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from conftest import launch
@@ -114,6 +115,42 @@ def test_message_of_grpc(server):
             send(BODY + 1)
         assert refusal.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
         assert f"has {BODY + 1} bytes, at most {BODY}" in refusal.value.details()
+
+
+def drip(server, request, seconds):
+    """Sends a byte every 0.1 s: how long the server put up with it; None: until the end."""
+    begin = time.monotonic()
+    with raw_socket(server) as s:
+        for byte in request:
+            if time.monotonic() - begin > seconds:
+                return None
+            try:
+                s.sendall(bytes([byte]))
+            except OSError:
+                return time.monotonic() - begin
+            time.sleep(0.1)
+    raise AssertionError("the request was too short")
+
+
+def test_time_to_receive():
+    """Not only a pause: a request that comes a byte at a time. Others on the same server are not touched."""
+    with Server("--receive-timeout", "2", ranks=0) as server, ThreadPoolExecutor() as pool:
+        slow = [
+            pool.submit(drip, server, head(Content_Length=5000) + padded(5000), 15),
+            pool.submit(drip, server, head(X_Long="x" * 5000), 15),
+        ]
+        kept = server.connect()
+        events = server.stream(TEXT, {"prompt": "1, 2,", "max_tokens": 900, "ignore_eos": True})
+        assert events[-1] == "[DONE]" and len(events) > 100
+        begin = time.monotonic()
+        while time.monotonic() - begin < 5:  # longer than the limit, but each request is a whole one
+            kept.request("POST", TEXT, padded(100), {"Content-Type": "application/json"})
+            assert kept.getresponse().read()
+            time.sleep(0.5)
+        kept.close()
+        lived = [f.result() for f in slow]
+        assert all(t and 1.5 < t < 12 for t in lived), lived
+        assert drip(server, head(X_Long="x" * 100), 1) is None
 
 
 def test_connections_of_grpc(server):
