@@ -33,7 +33,8 @@ static struct {
     float logits[256][FAKE_VOCAB]; /* of the last step's logit rows */
     unsigned char *gather;         /* [R][n] */
     size_t gather_capacity;
-    bool corrupt; /* a flipped bit in the next gather */
+    bool corrupt;     /* a flipped bit in the next gather */
+    int break_one_in; /* > 0: so often a row has no id that can follow */
     int steps, fetches, stops;
     struct plan_limits limits; /* when page_count > 0 every plan is viewed as another rank would */
 } fake = {.ranks = 1};
@@ -59,6 +60,10 @@ static uint64_t fake_input_digest(const uint32_t *ids, const float *weights, int
 /* Raw logits after a prefix whose folded digest is `state`: roughly normal, sometimes sharply
  * peaked. */
 static void fake_logits(uint64_t state, float out[FAKE_VOCAB]) {
+    if (fake.break_one_in && fake_mix(state, 12) % (uint64_t)fake.break_one_in == 0) {
+        for (int v = 0; v < FAKE_VOCAB; v++) out[v] = -INFINITY;
+        return;
+    }
     const uint64_t kind = fake_mix(state, 11) % 8;
     const float scale = kind < 2 ? 0.3f : kind < 6 ? 2.0f : 5.0f;
     for (int v = 0; v < FAKE_VOCAB; v++) {

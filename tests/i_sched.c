@@ -614,6 +614,30 @@ static void test_prompt_shared(void) {
     CHECK_EQ(k.prompt_tokens, 200);
 }
 
+/* Rows without any id that could follow: those who wait for the thinking of such a choice end as well. */
+static void test_broken_rows(void) {
+    fit_for_runs = true;
+    for (run_steps = 0; run_steps <= 8; run_steps += 8) {
+        int broken = 0, waited = 0;
+        run_ahead = run_steps ? 2 : 0;
+        make_scripts(12, 60, true); /* their references know nothing of it */
+        fake.break_one_in = 8;
+        run_scripts(60, &(struct way){12, 64, 4000, 1, true, 0, 0, false});
+        fake.break_one_in = 0;
+        for (int i = 0; i < 60; i++)
+            for (int c = 0; c < scripts[i].request.choices; c++) {
+                const bool ended = scripts[i].got[c].finish == FINISH_REASON_ERROR;
+                CU_ASSERT(scripts[i].got[c].finished);
+                broken += ended;
+                waited += ended && c > 0 && scripts[i].request.share_thinking &&
+                          scripts[i].got[0].finish == FINISH_REASON_ERROR;
+            }
+        CU_ASSERT(broken > 20 && waited > 5);
+    }
+    run_steps = run_ahead = 0;
+    fit_for_runs = false;
+}
+
 static void test_cancel(void) {
     for (int quiet = 0; quiet < 2; quiet++) {
         make_scripts(8, 120, true);
@@ -918,6 +942,7 @@ const struct suite_case suite_cases[] = {
     {"prefix cache: hit equals miss", test_prefix_cache},
     {"n choices, one thinking and n answers", test_choices},
     {"the pages of a prompt are shared by its choices", test_prompt_shared},
+    {"rows without any id, and those that wait for them", test_broken_rows},
     {"random cancels leave no page behind", test_cancel},
     {"1, 2, 4, 8 ranks agree, others repeat themselves", test_ranks},
     {"64 sequences, 200 requests", test_many_queued},

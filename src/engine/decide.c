@@ -157,7 +157,7 @@ static void decide_generated(struct engine *e, const struct ask *ask) {
     struct merge_row row, other;
     merge_row_of(e, ask, ask->own_probe, ask->keep, &row);
     if (row.count == 0) { /* every id is masked: nothing can follow */
-        engine_end(e, s, &(struct ending){.finish = FINISH_REASON_ERROR}, false);
+        share_give_up(e, s);
         return;
     }
     const uint32_t step = s->thought.step;

@@ -210,6 +210,7 @@ void engine_emit_step(engine *e, struct sequence *s, const struct step_report *r
                                        .choice = s->choice,
                                        .queue_seconds = s->queue_seconds,
                                        .step = report->step,
+                                       .shared = report->shared,
                                        .decision = report->decision,
                                        .logprob = report->logprob,
                                        .top_count = report->top_count,
@@ -262,14 +263,11 @@ static void cancel_one(engine *e, struct sequence *s, bool quiet) {
 void engine_cancel(engine *e, uint64_t request_id, int choice, bool quiet) {
     struct task *t = find_task(e, request_id);
     if (!t || choice >= t->sequence_count) return;
-    if (choice >= 0) {
-        cancel_one(e, &t->sequences[choice], quiet);
-    } else {
-        const bool outside = !e->in_tick;
-        e->in_tick = true; /* keeps the task alive while it is walked */
-        for (int i = t->sequence_count - 1; i >= 0; i--) cancel_one(e, &t->sequences[i], quiet);
-        if (outside) e->in_tick = false;
-    }
+    const int first = choice >= 0 ? choice : 0, last = choice >= 0 ? choice : t->sequence_count - 1;
+    const bool in_tick = e->in_tick;
+    e->in_tick = true; /* keeps the task alive while it is walked: events may cancel as well */
+    for (int i = last; i >= first; i--) cancel_one(e, &t->sequences[i], quiet);
+    e->in_tick = in_tick;
     free_finished_tasks(e);
 }
 

@@ -48,6 +48,7 @@ struct engine {
 /* What an answered step says to the outside, besides the decision. */
 struct step_report {
     uint32_t step;
+    bool shared; /* choice 0 did it, for others too */
     const struct think_decision *decision;
     float logprob;
     int top_count;
@@ -75,6 +76,8 @@ void decide_settle(struct engine *e, struct sequence *s, const struct step_repor
 void share_step(struct engine *e, struct sequence *s, const struct step_report *report);
 void share_after_step(struct engine *e, struct sequence *s, const struct think_decision *d,
                       const struct ending *ending);
+/* Nothing can follow in this row: it ends with an error, and so do those that wait for its thinking. */
+void share_give_up(struct engine *e, struct sequence *s);
 /* Choice 0 may leave only quietly while others need its thinking. */
 bool share_needs(const struct sequence *s);
 

@@ -95,6 +95,7 @@ struct engine_event {
     double queue_seconds; /* STEP, FINISHED: it waited so long for its first step; -1: had none */
     /* ENGINE_STEP */
     uint32_t step;
+    bool shared; /* a step of choice 0, which counts in its usage, told for another choice too */
     const struct think_decision *decision;
     float logprob; /* of the trace id, T = 1, raw logits; NAN if not asked */
     int top_count;

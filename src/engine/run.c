@@ -169,7 +169,7 @@ static void settle_row(struct engine *e, struct sequence *s, const struct run_an
             decide_settle(e, s, &report);
             break;
         case RUN_BROKEN: /* every id is masked: nothing can follow */
-            engine_end(e, s, &(struct ending){.finish = FINISH_REASON_ERROR}, false);
+            share_give_up(e, s);
             break;
         case RUN_SHORT:
             s->ordinary_until = s->thought.step + ORDINARY_STEPS;

@@ -24,8 +24,10 @@ bool share_needs(const struct sequence *s) {
 /* The events of a shared step for the others. A callback may cancel any of them, so look again each
  * time. */
 static void report_to_others(struct engine *e, struct task *t, const struct step_report *report) {
+    struct step_report shared = *report;
+    shared.shared = true;
     for (int i = 1; i < t->sequence_count; i++)
-        if (t->sequences[i].state == SEQUENCE_HELD) engine_emit_step(e, &t->sequences[i], report);
+        if (t->sequences[i].state == SEQUENCE_HELD) engine_emit_step(e, &t->sequences[i], &shared);
 }
 
 void share_step(struct engine *e, struct sequence *s, const struct step_report *report) {
@@ -74,6 +76,12 @@ static void end_others(struct engine *e, struct sequence *s, const struct ending
         sequence_share_books(other, s);
         engine_end(e, other, ending, false);
     }
+}
+
+void share_give_up(struct engine *e, struct sequence *s) {
+    static const struct ending broken = {.finish = FINISH_REASON_ERROR};
+    if (s->choice == 0 && s->task->sharing != SHARING_NONE) end_others(e, s, &broken);
+    if (s->state != SEQUENCE_DONE) engine_end(e, s, &broken, false);
 }
 
 void share_after_step(struct engine *e, struct sequence *s, const struct think_decision *d,

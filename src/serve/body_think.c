@@ -309,6 +309,8 @@ static enum status read_words(const struct body_facts *facts, const json_t *bloc
     return STATUS_OK;
 }
 
+enum { CLOSE_TEXT_BYTES_MAX = 16 << 10 };
+
 static enum status read_close_text(const struct body_facts *facts, const json_t *block,
                                    struct think_params *t) {
     const char *text = facts->params->close_text;
@@ -316,6 +318,11 @@ static enum status read_close_text(const struct body_facts *facts, const json_t 
     if (!text || !*text) return STATUS_OK;
     uint32_t *ids;
     size_t count;
+    if (strlen(text) > CLOSE_TEXT_BYTES_MAX) { /* not worth a tokenizer's time */
+        return fail_param(STATUS_REQUEST, BLOCK "close_text", NULL,
+                          "soft_thinking.close_text is %zu bytes long, at most %d are allowed",
+                          strlen(text), CLOSE_TEXT_BYTES_MAX);
+    }
     TRY(tokenizer_encode(facts->tokenizer, text, strlen(text), false, &ids, &count));
     enum status status = STATUS_OK;
     if (count > THINK_CLOSE_TEXT_MAX) {
@@ -368,6 +375,7 @@ static enum status read_block(const struct body_facts *facts, const json_t *bloc
     t->gumbel_temperature = (float)gumbel;
     t->dirichlet_alpha = (float)alpha;
     t->budget = (int64_t)budget;
+    t->watchdog_repeats = (int)p->watchdog_repeats;
     t->open_id = facts->open_id;
     t->close_id = facts->close_id;
     t->eos_count = facts->eos_count;

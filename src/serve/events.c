@@ -42,12 +42,12 @@ static void note_queue(call *c, const struct engine_event *e, double now) {
     metric_observe(m, METRIC_prefill_time, 0, prefill > 0 ? prefill : 0);
 }
 
-/* shared: a thinking step of choice 0, reported for this choice too; it was one step. */
-static void count_step(call *c, struct choice *choice, const struct engine_event *e, bool shared) {
+/* A step that is shared was one step, and is counted with its own choice. */
+static void count_step(call *c, struct choice *choice, const struct engine_event *e) {
     struct metrics *m = c->service->metrics;
     const struct think_decision *d = e->decision;
     const double now = service_clock();
-    if (!shared) metric_add(m, METRIC_generation_tokens, 0, 1);
+    if (!e->shared) metric_add(m, METRIC_generation_tokens, 0, 1);
     if (choice->first == 0) {
         choice->first = now;
         note_queue(c, e, now);
@@ -64,7 +64,7 @@ static void count_step(call *c, struct choice *choice, const struct engine_event
         if (choice->phase != CHOICE_ANSWER) {
             metric_observe(m, METRIC_first_answer, 0, now - c->arrival);
         }
-        metric_add(m, METRIC_answer_tokens, 0, 1);
+        if (!e->shared) metric_add(m, METRIC_answer_tokens, 0, 1);
         choice_enter(c, choice, CHOICE_ANSWER);
     }
 }
@@ -85,9 +85,8 @@ static void on_step(call *c, struct ticket *t, const struct engine_event *e) {
     if (choice->stopping) return;
     note_start(c, t);
     const bool thinking = e->decision->phase == PHASE_THINKING;
-    const bool shared = thinking && e->choice > 0 && c->body.request.share_thinking;
-    count_step(c, choice, e, shared);
-    if (thinking && !shared) count_thinking(c->service->metrics, e->decision);
+    count_step(c, choice, e);
+    if (thinking && !e->shared) count_thinking(c->service->metrics, e->decision);
     if (reply_step(choice->reply, e, &delta) != STATUS_OK) {
         fail_call(c);
         return;

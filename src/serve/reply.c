@@ -133,7 +133,7 @@ static void write_logprob_record(const struct body_facts *facts, const struct en
 static bool ends_reply(const reply *r, const struct think_decision *d) {
     const struct request *q = &r->body->request;
     if (d->finish == FINISH_EOS) return true;
-    if (d->phase != PHASE_ANSWER) return false;
+    if (d->phase != PHASE_ANSWER || d->forced) return false;
     for (int i = 0; !q->think.ignore_eos && i < q->think.eos_count; i++) {
         if (d->trace_id == (uint32_t)q->think.eos_ids[i]) return true;
     }
@@ -160,17 +160,18 @@ static void show_text(reply *r, struct stream_delta *delta, bool thinking_over) 
     json_write_bytes(&r->answer, delta->answer, delta->answer_n);
 }
 
-/* Thinking done once for several choices is counted once, with the first. */
-static bool thinking_is_shared(const reply *r) {
-    const struct request *q = &r->body->request;
-    return q->share_thinking && r->choice % q->choices > 0;
+/* A marker's id never shows in either field, also where it switches nothing: a second </think>. */
+static bool is_marker(const reply *r, const struct think_decision *d) {
+    const int id = (int)d->trace_id;
+    return d->marker ||
+           (r->body->separate_reasoning && (id == r->facts->open_id || id == r->facts->close_id));
 }
 
 enum status reply_step(reply *r, const struct engine_event *e, struct stream_delta *delta) {
     const struct think_decision *d = e->decision;
     const bool thinking = d->phase == PHASE_THINKING;
     *delta = (struct stream_delta){.stop_index = -1};
-    if (!thinking || !thinking_is_shared(r)) {
+    if (!e->shared) {
         r->usage.completion_tokens++;
         r->usage.reasoning_tokens += thinking;
         r->usage.soft_steps += d->soft;
@@ -187,7 +188,7 @@ enum status reply_step(reply *r, const struct engine_event *e, struct stream_del
         write_logprob_record(r->facts, e, thinking ? &r->reasoning_lp : &r->content_lp);
     }
     if (ends_reply(r, d)) return STATUS_OK;
-    TRY(stream_push(r->stream, d->trace_id, thinking, d->marker, delta));
+    TRY(stream_push(r->stream, d->trace_id, thinking, is_marker(r, d), delta));
     const bool thought = r->thinking_steps > 0;
     show_text(r, delta, thought && (!thinking || (d->marker && d->end != END_NONE)));
     if (delta->stopped) r->stop_index = delta->stop_index;
@@ -210,6 +211,11 @@ enum status reply_finish(reply *r, const struct engine_event *e, struct stream_d
     r->stop_id = e->stop_id;
     TRY(stream_finish(r->stream, delta));
     show_text(r, delta, true);
+    if (delta->stopped) { /* by the U+FFFD of a character that never ended */
+        r->stop_index = delta->stop_index;
+        r->finish = FINISH_REASON_STOP;
+        r->stopped_by_id = false;
+    }
     return STATUS_OK;
 }
 

@@ -29,9 +29,9 @@ static inline SFUMATO_DEVICE bool step_is_greedy(const struct think_filters *f) 
     return f->temperature < THINK_TEMPERATURE_MIN;
 }
 
-/* H = ln S - Q/S, over the whole vocabulary and before any filter. S >= 1 and Q <= 0 by definition,
- * so H is never negative in exact sums; a fast device sum may give S one ulp below 1, and an
- * entropy below 0 would pass a cold-stop threshold of 0, which nothing is below. */
+/* H = ln S - Q/S, over the whole vocabulary and before any filter. S >= 1 and Q <= 0 also in
+ * rounded sums, but the logarithm's last bit may be wrong: an entropy below 0 would pass a cold-stop
+ * threshold of 0, which nothing is below. */
 static inline SFUMATO_DEVICE float step_entropy(const struct think_candidates *c) {
     const float h = fmath_log(c->s) - c->q / c->s;
     return h > 0.0f ? h : 0.0f;

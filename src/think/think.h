@@ -121,7 +121,7 @@ void think_state_init(struct think_state *s, const struct think_params *p,
 /* Which temperature the row's logits must be divided by before the statistics (1 when the step's
  * temperature acts as 0), and whether end-of-sequence ids must be masked to -inf first: all of
  * eos_ids except close_id, should a model list its close marker there (thinking must be able to
- * end). min_tokens, which masks eos_ids and stop ids in both phases, is the engine's own matter. */
+ * end). min_tokens, which masks eos_ids in both phases and stop ids in the answer, is the engine's matter. */
 float think_row_temperature(const struct think_params *p, const struct think_state *s);
 bool think_row_masks_eos(const struct think_params *p, const struct think_state *s);
 

@@ -162,6 +162,17 @@ def test_a_seed_is_any_64_bits():
     assert generate([request], "--seed", "18446744073709551616").status == 2
 
 
+def test_the_watchdog_ends_a_circle():
+    """One id again and again: with --watchdog-repeats N its Nth time is the end, and the step says </think>."""
+    request = chat(problems(1)[0], logit_bias={"100": 100}, max_tokens=40, soft_thinking={"cold_stop": False})
+    free, caught = (generate([request], "--watchdog-repeats", n).lines[0] for n in ("0", "5"))
+    assert free["thinking_end"] == "length" and free["ids"] == [100] * 40
+    assert caught["thinking_end"] == "watchdog" and caught["ids"][:4] == [100] * 4 != caught["ids"][1:5]
+    assert caught["usage"]["reasoning_tokens"] == 5
+    refused = launch("generate", "--watchdog-repeats", "1", "-p", "x")
+    assert refused.status == 2 and b"from 2 to 32" in refused.err
+
+
 def test_shared_thinking_thinks_once():
     lines = generate([chat(problems(1)[0], n=3, soft_thinking={"mode": "gumbel", "share_thinking": True})]).lines
     assert len({line["thinking"] for line in lines}) == 1 and lines[0]["thinking"]

@@ -106,6 +106,53 @@ def test_R1_shared_thinking_is_counted_once(server):
     assert whole["usage"]["completion_tokens_details"] == alone
 
 
+def test_R1_shared_thinking_that_the_model_opens(server):
+    """The prompt has no open marker: the model's own is shared too, an answer step that is counted once."""
+    names = ("generation_tokens_total", "answer_tokens_total", 'thinking_tokens_total{kind="soft"}', 'thinking_tokens_total{kind="hard"}')
+    mark = server.post("/tokenize", {"prompt": "<think>", "add_special_tokens": False})[1]["tokens"][0]
+    body = {"prompt": "Tom has", "n": 3, "seed": 5, "max_tokens": 12, "logit_bias": {str(mark): 100}, "skip_special_tokens": False,
+            "soft_thinking": {"share_thinking": True, "return_trace": 1, "budget": 4}}
+    opening, thinking = 1, 4
+    for more, answer in (({}, 7), ({"stop": ["<think>"]}, 1)):
+        before = [server.metric(n) for n in names]
+        whole = server.complete(**body, **more)
+        server.settle()
+        made, answered, *thought = (server.metric(n) - b for n, b in zip(names, before))
+        for choice in whole["choices"]:
+            phases = [t["phase"] for t in choice["sfumato"]["trace"]]
+            assert phases == ["answer"] * opening + ["thinking"] * thinking + ["answer"] * answer
+        steps = opening + thinking + 3 * answer
+        usage = whole["usage"]
+        assert usage["completion_tokens"] == steps == made and sum(thought) == thinking
+        assert usage["completion_tokens_details"]["reasoning_tokens"] == thinking and answered == steps - thinking
+        options = {"include_usage": True, "continuous_usage_stats": True}
+        events = server.stream("/v1/completions", {**body, **more, "stream_options": options})[:-1]
+        counts = [e["usage"]["completion_tokens"] for e in events]
+        assert counts == sorted(counts) and counts[-1] == steps
+
+
+def test_R2_marker_ids_never_show(server):
+    """Also those that switch nothing: the model writes </think> again and again, in the answer too."""
+    open_id, close = (server.post("/tokenize", {"prompt": t, "add_special_tokens": False})[1]["tokens"][0] for t in ("<think>", "</think>"))
+    for marker, text in ((close, "</think>"), (open_id, "<think>")):
+        body = chat("Hi", max_tokens=12, ignore_eos=True, skip_special_tokens=False, logit_bias={str(marker): 100}, temperature=0,
+                    soft_thinking={"budget": 3, "return_trace": 1})
+        choice = server.post("/v1/chat/completions", body)[1]["choices"][0]
+        ids = [t["id"] for t in choice["sfumato"]["trace"] if t["phase"] == "answer"]
+        assert ids.count(marker) > 3  # the case occurs
+        assert text not in choice["message"]["content"] + choice["message"]["reasoning"]
+        raw = server.post("/v1/chat/completions", {**body, "separate_reasoning": False})[1]["choices"][0]["message"]["content"]
+        assert raw.count(text) >= ids.count(marker)
+
+
+def test_a_forced_stop_id_shows(server):
+    """An id of close_text is no stop, so it is text."""
+    so = server.post("/tokenize", {"prompt": "So", "add_special_tokens": False})[1]["tokens"]
+    body = chat("Hi", max_tokens=30, seed=1, stop_token_ids=so, soft_thinking={"budget": 2, "close_text": "So"})
+    choice = server.post("/v1/chat/completions", body)[1]["choices"][0]
+    assert choice["message"]["content"].startswith("So")
+
+
 def test_R1_continuous_usage(server):
     body = chat("Hi", max_tokens=9, stream_options={"include_usage": True, "continuous_usage_stats": True})
     events = server.stream("/v1/chat/completions", body)[:-1]
