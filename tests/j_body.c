@@ -330,6 +330,26 @@ static void test_reply(void) {
     body_fini(&body);
 }
 
+/* A marker that switches nothing has no text, and nothing about the answer changes: c </think> d. */
+static void test_idle_marker(void) {
+    struct think_decision d = {.phase = PHASE_ANSWER, .count = 1};
+    const struct engine_event e = {.kind = ENGINE_STEP, .decision = &d, .logprob = NAN};
+    const char *const letters[] = {"b", "c", NULL, "d"}, *const shown[] = {"b", "", "", ""};
+    struct stream_delta delta;
+    reply *r = NULL;
+    parsed("{\"prompt\":[5],\"stop\":\"cd\"}");
+    CHECK_EQ(reply_new(&facts, &body, 0, &r), STATUS_OK);
+    for (int i = 0; i < 4; i++) {
+        d.trace_id =
+            (uint32_t)(letters[i] ? tokenizer_find(facts.tokenizer, letters[i]) : facts.close_id);
+        CHECK_EQ(reply_step(r, &e, &delta), STATUS_OK);
+        CHECK_EQ(delta.answer_n, strlen(shown[i]));
+        CHECK_EQ(delta.stopped, i == 3);
+    }
+    reply_free(r);
+    body_fini(&body);
+}
+
 const struct suite_case suite_cases[] = {
     {"defaults: flags, generation_config.json, then ours", test_defaults},
     {"a request's sampling fields govern the answer", test_request_fields_govern_the_answer},
@@ -341,5 +361,6 @@ const struct suite_case suite_cases[] = {
     {"lengths, truncation, several prompts", test_lengths},
     {"messages in every spelling", test_messages},
     {"events to a line: text, stop string, counts, trace", test_reply},
+    {"a marker that switches nothing", test_idle_marker},
     {NULL, NULL},
 };

@@ -314,6 +314,7 @@ static void drop_tickets(call *c) {
 /* Gives the prompts to the engine. Nothing fails here. */
 static void submit_all(call *c, const struct load *l) {
     service *s = c->service;
+    c->submitted = service_clock();
     c->tokens = l->tokens;
     s->waiting_tokens += c->tokens;
     for (int p = 0; p < c->body.prompt_count; p++) {
@@ -329,11 +330,9 @@ static void submit_all(call *c, const struct load *l) {
 
 /* From this thread's last failure. */
 static struct refused refusal_of(const call *c) {
-    const service *s = c->service;
-    struct refused why = refused_last();
-    if (why.kind == REFUSAL_OVERLOADED && s->params->overload_status == 1) why.http_status = 429;
+    struct refused why = service_refused(c->service);
     why.prompt_tokens = c->body.too_long;
-    why.context = s->facts->max_model_len;
+    why.context = c->service->facts->max_model_len;
     return why;
 }
 
@@ -367,23 +366,29 @@ static enum status prepare_late(call *c, const struct prompt_made *made, struct 
     return take_tickets(c, l);
 }
 
-static void on_made(void *user, const struct prompt_made *made) {
-    call *c = user;
-    struct load l;
-    c->making = NULL;
-    if (made && prepare_late(c, made, &l) == STATUS_OK) {
-        submit_all(c, &l);
-        if (c->ticket_count == 0) end_with_echoes(c);
-        return;
-    }
-    const struct refused why = refusal_of(c);
-    record_refused(c->request_id, c->trace_id, &why);
+static void refuse_late(call *c, const struct refused *why) {
+    record_refused(c->request_id, c->trace_id, why);
     drop_tickets(c);
     leave(c);
     c->busy = true;
-    c->front->end(c->user, c, &why);
+    c->front->end(c->user, c, why);
     c->busy = false;
     call_free_if_over(c);
+}
+
+static void on_made(void *user, const struct prompt_made *made, const struct refused *why) {
+    call *c = user;
+    struct load l;
+    c->making = NULL;
+    if (!made) {
+        refuse_late(c, why);
+    } else if (prepare_late(c, made, &l) != STATUS_OK) {
+        const struct refused own = refusal_of(c);
+        refuse_late(c, &own);
+    } else {
+        submit_all(c, &l);
+        if (c->ticket_count == 0) end_with_echoes(c);
+    }
 }
 
 /* The shortest of what the body, the protocol and the server say; 0 = none. */

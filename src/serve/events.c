@@ -36,9 +36,10 @@ static void note_start(call *c, struct ticket *t) {
 static void note_queue(call *c, const struct engine_event *e, double now) {
     struct metrics *m = c->service->metrics;
     if (e->queue_seconds < 0) return; /* held for a shared thought: it was never in the queue */
-    if (c->queue_seconds < e->queue_seconds) c->queue_seconds = e->queue_seconds;
-    const double prefill = now - c->arrival - e->queue_seconds;
-    metric_observe(m, METRIC_queue_time, 0, e->queue_seconds);
+    const double queued = c->submitted - c->arrival + e->queue_seconds;
+    const double prefill = now - c->arrival - queued;
+    if (c->queue_seconds < queued) c->queue_seconds = queued;
+    metric_observe(m, METRIC_queue_time, 0, queued);
     metric_observe(m, METRIC_prefill_time, 0, prefill > 0 ? prefill : 0);
 }
 

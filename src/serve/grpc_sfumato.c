@@ -225,13 +225,13 @@ static void reply_tokens(struct rpc *r, const struct prompt_made *made) {
     free(pieces);
 }
 
-static void on_made(void *user, const struct prompt_made *made) {
+static void on_made(void *user, const struct prompt_made *made, const struct refused *why) {
     struct rpc *r = user;
     r->making = NULL;
     if (made) {
         reply_tokens(r, made);
     } else {
-        grpc_end_last(r);
+        grpc_end_refused(r, why);
     }
 }
 

@@ -46,6 +46,25 @@ static void end_if_late(const struct http *h, const struct connection *c) {
         shutdown(c->fd, SHUT_RDWR);
 }
 
+/* Bytes of one request that libevent may hold: it keeps a whole body, or chunk, before it parses it, and
+ * the line with a chunk's size however long that is. */
+static void limit_input(const struct http *h, struct bufferevent *connection) {
+    const size_t most = (size_t)h->site.params->max_body_bytes + HTTP_HEADERS_MAX;
+    bufferevent_setwatermark(connection, EV_READ, 0, most);
+}
+
+static void rest(struct http *h) {
+    h->resting = true;
+    evconnlistener_disable(h->listener);
+}
+
+/* Out of descriptors, mostly: the next sweep tries again. libevent would say it in every turn. */
+static void on_accept_failed(struct evconnlistener *listener, void *user) {
+    struct http *h = user;
+    (void)listener;
+    rest(h);
+}
+
 static void sweep(struct http *h) {
     int kept = 0;
     for (int i = 0; i < h->connection_count; i++) {
@@ -58,19 +77,6 @@ static void sweep(struct http *h) {
         h->resting = false;
         evconnlistener_enable(h->listener);
     }
-}
-
-static void on_sweep(evutil_socket_t fd, short what, void *user) {
-    struct http *h = user;
-    (void)fd;
-    (void)what;
-    sweep(h);
-    /* What is free again malloc would keep for ever: JSON of 8 MB can have been 600 MB of small values,
-     * and every burst leaves holes. */
-    if (!h->bloated && ++h->sweeps < TRIM_SWEEPS) return;
-    malloc_trim(0);
-    h->bloated = false;
-    h->sweeps = 0;
 }
 
 /* In the place of one that is gone and had the same descriptor, if the sweep has not come since. */
@@ -92,21 +98,22 @@ static void on_fresh(evutil_socket_t fd, short what, void *user) {
         const int socket = bufferevent_getfd(h->fresh[i]);
         struct stat facts;
         if (fstat(socket, &facts) == 0) keep(h, socket, facts.st_ino);
+        bufferevent_decref(h->fresh[i]);
     }
     h->fresh_count = 0;
     if (h->connection_count >= h->connection_max) sweep(h);
-    if (h->connection_count == h->connection_max + OVER_MAX) {
-        h->resting = true;
-        evconnlistener_disable(h->listener);
-    }
 }
 
 static struct bufferevent *on_accept(struct event_base *base, void *user) {
     struct http *h = user;
     struct bufferevent *connection = tls_wire(h->tls, base, -1, 0);
     if (!connection) return NULL;
-    if (h->fresh_count == FRESH_MAX) on_fresh(-1, 0, h);
+    limit_input(h, connection);
+    bufferevent_incref(connection); /* libevent may drop it at once */
     h->fresh[h->fresh_count++] = connection;
+    if (h->fresh_count == FRESH_MAX ||
+        h->connection_count + h->fresh_count == h->connection_max + OVER_MAX)
+        rest(h); /* ends this round of accepting */
     event_active(h->on_fresh, 0, 0);
     return connection;
 }
@@ -319,8 +326,9 @@ static void on_complete(struct evhttp_request *request, void *user) {
     static const struct timeval idle = {.tv_sec = HTTP_IDLE_SECONDS};
     struct evhttp_connection *connection = evhttp_request_get_connection(request);
     evhttp_connection_set_closecb(connection, NULL, NULL);
-    bufferevent_set_timeouts(evhttp_connection_get_bufferevent(connection), &idle, &idle);
     struct exchange *x = user;
+    bufferevent_set_timeouts(evhttp_connection_get_bufferevent(connection), &idle, &idle);
+    limit_input(x->http, evhttp_connection_get_bufferevent(connection));
     struct connection *c = find_connection(x->http, connection);
     if (c) c->waits_since = service_clock();
     http_finish(x);
@@ -366,6 +374,23 @@ void http_hold(struct exchange *x) {
     bufferevent_setcb(b, NULL, write, event, user);
     bufferevent_setwatermark(b, EV_READ, 0, HTTP_AHEAD_MAX);
     bufferevent_enable(b, EV_READ);
+    x->held = true;
+}
+
+/* A client that has sent so much ahead could leave without being seen to: it is not read any more. */
+static void cut_who_is_ahead(struct http *h) {
+    struct exchange *x = h->exchanges;
+    while (x) {
+        struct exchange *next = x->next; /* on_gone and http_cut end this one alone */
+        struct evhttp_connection *connection = evhttp_request_get_connection(x->request);
+        struct bufferevent *b = connection ? evhttp_connection_get_bufferevent(connection) : NULL;
+        if (x->held && !x->answered && b &&
+            evbuffer_get_length(bufferevent_get_input(b)) >= HTTP_AHEAD_MAX) {
+            if (x->on_gone) x->on_gone(x);
+            http_cut(x);
+        }
+        x = next;
+    }
 }
 
 void http_answered(struct exchange *x, int status) {
@@ -373,7 +398,6 @@ void http_answered(struct exchange *x, int status) {
     struct evhttp_connection *connection = evhttp_request_get_connection(x->request);
     struct bufferevent *b = evhttp_connection_get_bufferevent(connection);
     bufferevent_set_timeouts(b, NULL, &idle);
-    bufferevent_setwatermark(b, EV_READ, 0, 0);
     x->answered = true;
     x->status = status;
 }
@@ -403,6 +427,9 @@ static void on_request(struct evhttp_request *request, void *user) {
         return;
     }
     if (c) c->waits_since = 0;
+    x->method = method == EVHTTP_REQ_POST                               ? ROUTE_POST
+                : method == EVHTTP_REQ_GET || method == EVHTTP_REQ_HEAD ? ROUTE_GET
+                                                                        : ROUTE_OTHER;
     x->head = method == EVHTTP_REQ_HEAD;
     x->large = evbuffer_get_length(evhttp_request_get_input_buffer(request)) > LARGE_BODY_BYTES;
     x->path = uri ? evhttp_uri_get_path(uri) : NULL;
@@ -425,6 +452,20 @@ static void on_request(struct evhttp_request *request, void *user) {
 }
 
 /* ---- the front ---- */
+
+static void on_sweep(evutil_socket_t fd, short what, void *user) {
+    struct http *h = user;
+    (void)fd;
+    (void)what;
+    sweep(h);
+    cut_who_is_ahead(h);
+    /* What is free again malloc would keep for ever: JSON of 8 MB can have been 600 MB of small values,
+     * and every burst leaves holes. */
+    if (!h->bloated && ++h->sweeps < TRIM_SWEEPS) return;
+    malloc_trim(0);
+    h->bloated = false;
+    h->sweeps = 0;
+}
 
 static enum status listen_at(struct http *h) {
     const struct params *p = h->site.params;
@@ -487,6 +528,7 @@ static enum status http_open(const struct front_site *site, void **state) {
         if (evhttp) evhttp_free(evhttp);
         TRY_GOTO(fail(STATUS_MEMORY, "no memory for HTTP"), out);
     }
+    evconnlistener_set_error_cb(h->listener, on_accept_failed);
     h->evhttp = evhttp;
     evhttp_set_max_headers_size(evhttp, HTTP_HEADERS_MAX);
     evhttp_set_max_body_size(evhttp, (ev_ssize_t)site->params->max_body_bytes);

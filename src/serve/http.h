@@ -28,7 +28,7 @@ enum {
 struct http;
 struct exchange;
 
-enum route_method { ROUTE_GET = 1, ROUTE_POST = 2 };
+enum route_method { ROUTE_GET, ROUTE_POST, ROUTE_OTHER }; /* in the order of metrics.def */
 enum route_access { ROUTE_OPEN, ROUTE_KEY, ROUTE_ADMIN };
 struct route {
     const char *name; /* label of metrics */
@@ -50,6 +50,8 @@ struct exchange {
     const char *path, *query;       /* of the request; query NULL or without '?' */
     char request_id[SERVICE_ID_BYTES], trace_id[33];
     double begin;
+    enum route_method method;
+    bool held;              /* http_hold */
     bool head;              /* HEAD: headers only */
     bool large;             /* its body was */
     bool streaming;         /* the status line of a stream is out */

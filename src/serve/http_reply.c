@@ -18,11 +18,11 @@ void http_header(struct exchange *x, const char *name, const char *value) {
 void http_count(const struct exchange *x) {
     struct metrics *m = x->site->metrics;
     const int handler = x->route ? (int)(x->route - http_routes) : http_route_count;
-    enum { METHODS = 3, STATUSES = 4, OTHER = 2 };
-    const int method = !x->route ? OTHER : x->route->method == ROUTE_GET ? 0 : 1;
+    enum { METHODS = 3, STATUSES = 4 };
     const int class = x->status / 100 - 2;
     if (class >= 0 && class < STATUSES) {
-        metric_add(m, METRIC_http_requests, (handler * METHODS + method) * STATUSES + class, 1);
+        metric_add(m, METRIC_http_requests, (handler * METHODS + (int)x->method) * STATUSES + class,
+                   1);
     }
     metric_observe(m, METRIC_http_time, handler, service_clock() - x->begin);
 }

@@ -35,10 +35,11 @@ static const struct front *const fronts[] = {
 };
 enum { FRONT_COUNT = sizeof fronts / sizeof *fronts };
 
-#define FAST_SECONDS 0.4     /* to write error events when the job is being killed */
-#define FLUSH_SECONDS 2.0    /* to write the last answers otherwise */
-#define FAILSAFE_SECONDS 1.5 /* for the engine to stop after an abort */
-#define FORCE_SECONDS 5.0    /* for the engine to stop after a drain that ran out of time */
+#define FAST_SECONDS 0.4       /* to write error events when the job is being killed */
+#define FLUSH_SECONDS 2.0      /* to write the last answers otherwise */
+#define LAST_FLUSH_SECONDS 0.3 /* after a second signal, for which there are 2 s in all */
+#define FAILSAFE_SECONDS 1.5   /* for the engine to stop after an abort */
+#define FORCE_SECONDS 5.0      /* for the engine to stop after a drain that ran out of time */
 
 enum { POLL_MS = 5 };
 enum net_phase { NET_SERVING, NET_STOPPING, NET_FAST, NET_DEAD };
@@ -105,15 +106,16 @@ static void go_on(net *n) {
     const double now = service_clock();
     switch (n->phase) {
         case NET_SERVING:
-            if (service_get_state(n->service) == SERVICE_DRAINING &&
-                service_calls(n->service) == 0 && service_sequences(n->service) == 0) {
+            if (service_get_state(n->service) == SERVICE_DRAINING && !service_is_busy(n->service)) {
                 stop_engine(n, FORCE_SECONDS);
             } else if (service_get_state(n->service) == SERVICE_DRAINING) {
                 poll_soon(n);
             }
             return;
         case NET_STOPPING:
-            if (atomic_load(&n->joining) && (!is_busy(n) || now > n->deadline + FLUSH_SECONDS)) {
+            if (atomic_load(&n->joining) &&
+                (!is_busy(n) ||
+                 now > n->deadline + (n->aborting ? LAST_FLUSH_SECONDS : FLUSH_SECONDS))) {
                 event_base_loopbreak(n->base);
             } else if (!atomic_load(&n->joining) && now > n->deadline) {
                 log_error("the engine did not stop: leaving without it");
@@ -252,7 +254,8 @@ static void on_state(void *user, enum service_state state) {
 /* One descriptor a connection, and some. */
 static void raise_file_limit(const struct params *p) {
     struct rlimit limit;
-    const rlim_t wanted = (rlim_t)p->max_connections + 512;
+    const rlim_t fronts_open = param_given(p, PARAM_grpc_port) ? 2 : 1;
+    const rlim_t wanted = fronts_open * (rlim_t)p->max_connections + 512;
     if (getrlimit(RLIMIT_NOFILE, &limit) != 0 || limit.rlim_cur >= wanted) return;
     limit.rlim_cur = limit.rlim_max < wanted ? limit.rlim_max : wanted;
     setrlimit(RLIMIT_NOFILE, &limit);

@@ -227,6 +227,7 @@ static void write_column(struct json_writer *w, const char *key, const struct js
     if (first && first->n) json_write_raw(w, first->bytes, first->n);
     if (second->n) json_write_raw(w, second->bytes, second->n);
     json_end(w, ']');
+    w->failed |= second->failed || (first && first->failed);
 }
 
 static void write_logprobs(const struct generation *g, const struct columns *prompt,

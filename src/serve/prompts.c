@@ -26,6 +26,7 @@ struct list {
 
 struct prompter {
     struct event *on_finished;
+    struct metrics *metrics;
     int fd; /* an eventfd: something has finished */
     int count, max;
     bool started;
@@ -153,27 +154,64 @@ static prompt_job *take_finished(prompter *p) {
     return job;
 }
 
+static void deliver(prompt_job *job) {
+    const struct fault *f = &job->fault;
+    if (job->status == STATUS_OK) {
+        job->done(job->user, job->order.all, NULL);
+        return;
+    }
+    fail_param(f->status, f->param, f->code, "%s", f->text);
+    const struct refused why = refused_last();
+    job->done(job->user, NULL, &why);
+}
+
 /* One by one: a done function may cancel others that have finished. */
-static void on_finished(evutil_socket_t fd, short what, void *user) {
-    prompter *p = user;
-    uint64_t count;
+static void deliver_finished(prompter *p) {
     prompt_job *job;
-    (void)what;
-    if (read(fd, &count, sizeof count) < 0) return;
     while ((job = take_finished(p)) != NULL) {
-        if (!job->cancelled) {
-            const struct fault *f = &job->fault;
-            const bool made = job->status == STATUS_OK;
-            if (!made) fail_param(f->status, f->param, f->code, "%s", f->text);
-            job->done(job->user, made ? job->order.all : NULL);
-        }
+        if (!job->cancelled) deliver(job);
         job_free(job);
     }
+}
+
+static void on_finished(evutil_socket_t fd, short what, void *user) {
+    uint64_t count;
+    (void)what;
+    if (read(fd, &count, sizeof count) < 0) return;
+    deliver_finished(user);
+}
+
+int prompter_count(const prompter *p) { return p->count; }
+
+/* NULL: nobody waits for one that has not finished. Cancelled, and its template stopped, if it runs. */
+static prompt_job *take_unfinished(prompter *p, bool *runs) {
+    mtx_lock(&p->lock);
+    prompt_job *job = take(&p->waiting);
+    *runs = !job;
+    if (!job && p->running && !p->running->cancelled) {
+        job = p->running;
+        job->cancelled = true; /* on_finished frees it */
+        stop(job);
+    }
+    mtx_unlock(&p->lock);
+    return job;
+}
+
+void prompter_end_all(prompter *p, const struct refused *why) {
+    prompt_job *job;
+    bool runs;
+    while ((job = take_unfinished(p, &runs)) != NULL) {
+        job->done(job->user, NULL, why);
+        if (!runs) job_free(job);
+    }
+    deliver_finished(p);
 }
 
 enum status prompts_start(prompter *p, struct prompt_order *o, prompt_done *done, void *user,
                           prompt_job **out) {
     *out = NULL;
+    enum { REJECTED_QUEUE };
+    if (p->count == p->max) metric_add(p->metrics, METRIC_rejections, REJECTED_QUEUE, 1);
     if (p->count == p->max)
         return fail(STATUS_BUSY, "%d prompts wait to be made: try again later", p->max);
     if (!p->started && thrd_create(&p->thread, work, p) != thrd_success)
@@ -207,10 +245,12 @@ void prompts_cancel(prompt_job *job) {
 
 /* ---- life ---- */
 
-enum status prompter_new(struct event_base *base, int jobs_max, prompter **out) {
+enum status prompter_new(struct event_base *base, struct metrics *metrics, int jobs_max,
+                         prompter **out) {
     *out = NULL;
     prompter *p = calloc(1, sizeof *p);
     if (!p) return fail(STATUS_MEMORY, "no memory for prompts");
+    p->metrics = metrics;
     p->max = jobs_max;
     p->fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     p->on_finished = event_new(base, p->fd, EV_READ | EV_PERSIST, on_finished, p);

@@ -17,6 +17,8 @@
 #include <event2/event.h>
 
 #include "serve/body.h"
+#include "serve/metrics.h"
+#include "serve/refusal.h"
 
 typedef struct prompter prompter;
 typedef struct prompt_job prompt_job;
@@ -44,12 +46,18 @@ enum status prompt_order_make(struct prompt_order *o);
 void prompt_order_fini(struct prompt_order *o);
 
 /* jobs_max: more are refused. The thread starts with the first job. */
-enum status prompter_new(struct event_base *base, int jobs_max, prompter **out);
+enum status prompter_new(struct event_base *base, struct metrics *metrics, int jobs_max,
+                         prompter **out);
 /* Waits for the thread, which drops what it does. No done function is called any more. */
 void prompter_free(prompter *p);
 
-/* made: [order->count], borrowed until it returns; NULL: the failure is this thread's last. */
-typedef void prompt_done(void *user, const struct prompt_made *made);
+int prompter_count(
+    const prompter *p); /* jobs that have not ended, those nobody waits for included */
+/* Every job that somebody waits for is done now, with this refusal unless it is ready. */
+void prompter_end_all(prompter *p, const struct refused *why);
+
+/* made: [order->count], borrowed until it returns; NULL: why says why not. */
+typedef void prompt_done(void *user, const struct prompt_made *made, const struct refused *why);
 
 /* Takes over what is in `o` and leaves it empty, or fails and leaves it alone. done: once, later,
  * unless cancelled. STATUS_BUSY: too many wait. */

@@ -77,7 +77,8 @@ void record_refused(const char *request_id, const char *trace_id, const struct r
     write_line(&line);
 }
 
-static void log_call(const call *c, const char *status, double first, double last,
+/* first: of all choices; between: seconds from the first to the last step of each, added up. */
+static void log_call(const call *c, const char *status, double first, double between,
                      const char *finish, const char *end) {
     const struct request_usage u = call_usage(c);
     const int64_t more = u.completion_tokens - c->choice_count; /* steps with one before them */
@@ -88,7 +89,7 @@ static void log_call(const call *c, const char *status, double first, double las
         .usage = u,
         .queue_ms = c->queue_seconds < 0 ? NAN : 1e3 * c->queue_seconds,
         .ttft_ms = first > 0 ? 1e3 * (first - c->arrival) : NAN,
-        .itl_ms = more > 0 ? 1e3 * (last - first) / (double)more : NAN,
+        .itl_ms = more > 0 ? 1e3 * between / (double)more : NAN,
         .e2e_ms = 1e3 * (service_clock() - c->arrival),
         .finish = finish,
         .thinking_end = end,
@@ -100,12 +101,13 @@ static void log_call(const call *c, const char *status, double first, double las
 void record_call(call *c, const struct refused *why, const char *gone) {
     enum { ABORT = 2, ERROR = 3 };
     struct metrics *m = c->service->metrics;
-    double first = 0, last = 0;
+    double first = 0, last = 0, between = 0;
     int unfinished = 0;
     for (int i = 0; i < c->choice_count; i++) {
         const struct choice *choice = &c->choices[i];
         if (choice->first > 0 && (first == 0 || choice->first < first)) first = choice->first;
         if (choice->last > last) last = choice->last;
+        between += choice->last - choice->first;
         unfinished += choice->phase != CHOICE_DONE;
     }
     const bool error = why && (why->kind == REFUSAL_BUG || why->kind == REFUSAL_DEAD);
@@ -121,6 +123,6 @@ void record_call(call *c, const struct refused *why, const char *gone) {
              why    ? (why->code ? why->code : "invalid")
              : gone ? gone
                     : "ok",
-             first, last, why || gone ? (error ? "error" : "abort") : finish_name(s.finish),
+             first, between, why || gone ? (error ? "error" : "abort") : finish_name(s.finish),
              think_end_name(s.end));
 }

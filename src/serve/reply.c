@@ -160,11 +160,18 @@ static void show_text(reply *r, struct stream_delta *delta, bool thinking_over) 
     json_write_bytes(&r->answer, delta->answer, delta->answer_n);
 }
 
-/* A marker's id never shows in either field, also where it switches nothing: a second </think>. */
-static bool is_marker(const reply *r, const struct think_decision *d) {
+/* A marker's id never shows in either field, also where it switches nothing, as a second </think>. */
+static bool is_idle_marker(const reply *r, const struct think_decision *d) {
     const int id = (int)d->trace_id;
-    return d->marker ||
-           (r->body->separate_reasoning && (id == r->facts->open_id || id == r->facts->close_id));
+    return !d->marker && r->body->separate_reasoning &&
+           (id == r->facts->open_id || id == r->facts->close_id);
+}
+
+static enum status check_memory(const reply *r) {
+    const bool failed = r->ids.failed || r->trace.failed || r->content_lp.failed ||
+                        r->reasoning_lp.failed || r->thinking.failed || r->answer.failed ||
+                        r->held.failed;
+    return failed ? fail(STATUS_MEMORY, "no memory for a reply") : STATUS_OK;
 }
 
 enum status reply_step(reply *r, const struct engine_event *e, struct stream_delta *delta) {
@@ -187,12 +194,12 @@ enum status reply_step(reply *r, const struct engine_event *e, struct stream_del
     if (r->body->request.logprobs) {
         write_logprob_record(r->facts, e, thinking ? &r->reasoning_lp : &r->content_lp);
     }
-    if (ends_reply(r, d)) return STATUS_OK;
-    TRY(stream_push(r->stream, d->trace_id, thinking, is_marker(r, d), delta));
+    if (ends_reply(r, d) || is_idle_marker(r, d)) return check_memory(r);
+    TRY(stream_push(r->stream, d->trace_id, thinking, d->marker, delta));
     const bool thought = r->thinking_steps > 0;
     show_text(r, delta, thought && (!thinking || (d->marker && d->end != END_NONE)));
     if (delta->stopped) r->stop_index = delta->stop_index;
-    return STATUS_OK;
+    return check_memory(r);
 }
 
 enum status reply_finish(reply *r, const struct engine_event *e, struct stream_delta *delta) {
@@ -216,7 +223,7 @@ enum status reply_finish(reply *r, const struct engine_event *e, struct stream_d
         r->finish = FINISH_REASON_STOP;
         r->stopped_by_id = false;
     }
-    return STATUS_OK;
+    return check_memory(r);
 }
 
 void reply_summarise(const reply *r, struct reply_summary *out) {
@@ -291,6 +298,7 @@ void reply_write_items(struct json_writer *w, const char *key, const struct json
     json_begin(w, '[');
     if (items->n) json_write_raw(w, items->bytes, items->n);
     json_end(w, ']');
+    w->failed |= items->failed;
 }
 
 static void write_usage(const struct request_usage *u, struct json_writer *w) {

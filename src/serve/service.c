@@ -24,7 +24,7 @@ static void on_drain_timeout(evutil_socket_t fd, short what, void *user) {
     service *s = user;
     (void)fd;
     (void)what;
-    if (s->call_count == 0) return;
+    if (!service_is_busy(s)) return;
     log_warn("%d requests did not end within --shutdown-timeout", s->call_count);
     service_end_all(s, REFUSAL_DRAINING, "the server is shutting down");
 }
@@ -49,7 +49,7 @@ enum status service_new(struct event_base *base, const struct params *params, st
         return fail(STATUS_MEMORY, "no memory for %d sequences: lower --max-num-queued-reqs",
                     s->sequences_max);
     }
-    const enum status status = prompter_new(base, s->sequences_max, &s->prompter);
+    const enum status status = prompter_new(base, metrics, s->sequences_max, &s->prompter);
     if (status != STATUS_OK) {
         service_free(s);
         return status;
@@ -118,10 +118,12 @@ static call *first_live(const service *s) {
 void service_end_all(service *s, enum refusal why, const char *text) {
     struct refused refused = refused_as(why, NULL, "%s", text);
     if (why == REFUSAL_DEAD) refused.http_status = 500; /* it was running: serving.md §5 */
+    if (s->state == SERVICE_READY) service_set_state(s, SERVICE_DRAINING);
     for (call *c; (c = first_live(s)) != NULL;) {
         s->aborted_any = true;
         call_end(c, &refused);
     }
+    prompter_end_all(s->prompter, &refused);
 }
 
 void service_die(service *s, const char *text) {
@@ -134,8 +136,16 @@ struct prompter *service_prompter(const service *s) {
 }
 
 int service_calls(const service *s) { return s->call_count; }
-int service_sequences(const service *s) { return s->sequence_count; }
+bool service_is_busy(const service *s) {
+    return s->call_count > 0 || s->sequence_count > 0 || prompter_count(s->prompter) > 0;
+}
 bool service_aborted_any(const service *s) { return s->aborted_any; }
+
+struct refused service_refused(const service *s) {
+    struct refused why = refused_last();
+    if (why.kind == REFUSAL_OVERLOADED && s->params->overload_status == 1) why.http_status = 429;
+    return why;
+}
 
 /* ---- facts ---- */
 

@@ -70,15 +70,19 @@ const char *service_model_name(const service *s);
 
 /* Ready -> draining: new calls are refused, running ones end. Idempotent. */
 void service_drain(service *s);
-/* Ends every call now with this refusal (second signal, timeout of the drain, fast stop, watchdog). */
+/* Ends every call, and whatever waits for a prompt, now with this refusal (second signal, timeout of the
+ * drain, fast stop, watchdog). No new ones come after it. */
 void service_end_all(service *s, enum refusal why, const char *text);
 /* Watchdog: no call is taken any more, all end with engine_dead. */
 void service_die(service *s, const char *text);
-int service_calls(const service *s);        /* not ended yet, as clients see it */
-int service_sequences(const service *s);    /* held by the engine, queued ones included */
+int service_calls(const service *s); /* not ended yet, as clients see it */
+/* Calls, sequences that the engine holds, prompts being made: what a drain waits for. */
+bool service_is_busy(const service *s);
 bool service_aborted_any(const service *s); /* a call was ended by service_end_all or service_die */
 /* For templates and texts outside of calls. */
 struct prompter *service_prompter(const service *s);
+/* This thread's last failure as clients are told, --overload-status included. */
+struct refused service_refused(const service *s);
 /* Up messages, when net.c sees the mailbox's file descriptor readable. */
 void service_read(service *s);
 /* Gauges that are computed when somebody looks. */

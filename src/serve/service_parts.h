@@ -58,6 +58,7 @@ struct call {
     char request_id[SERVICE_ID_BYTES], trace_id[33], id[33];
     int64_t created;
     double arrival;
+    double submitted;     /* to the engine, whose waits count from here */
     double queue_seconds; /* the longest wait of its sequences; -1: none has begun */
     struct event *timer;  /* deadline, or "at once" for calls without engine work */
 };

@@ -11,7 +11,7 @@
 enum { IDS_MAX = 1 << 24 };
 
 static void reply_failure(struct exchange *x) {
-    const struct refused why = refused_last();
+    const struct refused why = service_refused(x->site->service);
     http_reply_error(x, &why);
 }
 
@@ -89,12 +89,12 @@ static void reply_made(const struct text_job *j, const struct prompt_made *made)
     json_writer_fini(&w);
 }
 
-static void on_made(void *user, const struct prompt_made *made) {
+static void on_made(void *user, const struct prompt_made *made, const struct refused *why) {
     struct text_job *j = user;
     if (made) {
         reply_made(j, made);
     } else {
-        reply_failure(j->x);
+        http_reply_error(j->x, why);
     }
     free(j);
 }

@@ -3,7 +3,9 @@
 Limits of single fields are in test_serve_contract.py, the queue and slow readers in test_serve_load.py, those of HTTP/2
 frames, streams and idle connections in k_h2.c.
 """
+import contextlib
 import json
+import os
 import re
 import socket
 import time
@@ -115,6 +117,57 @@ def test_message_of_grpc(server):
             send(BODY + 1)
         assert refusal.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
         assert f"has {BODY + 1} bytes, at most {BODY}" in refusal.value.details()
+
+
+def flood(s, most=64 << 20):
+    """Bytes that the server and the system took before they took no more for a second, or closed."""
+    sent = 0
+    s.settimeout(1)
+    with contextlib.suppress(OSError):
+        while sent < most:
+            sent += s.send(b"a" * 65536)
+    return sent
+
+
+def test_a_chunk_size_without_end(server):
+    """The line with a chunk's size is no body yet: it has the limit of one."""
+    with raw_socket(server) as s:
+        s.sendall(head(Transfer_Encoding="chunked"))
+        assert flood(s) < 32 << 20  # the buffers of two sockets
+    assert server.get("/health")[0] == 200
+
+
+def test_sending_ahead(server):
+    """Who does not wait for an answer is not read for ever; the request ends with the connection."""
+    before = server.metric('request_success_total{finished_reason="abort"}')
+    body = json.dumps({"prompt": "x", "max_tokens": 1000, "ignore_eos": True, "n": 2}).encode()
+    with raw_socket(server) as s:
+        s.sendall(head(Content_Length=len(body)) + body)
+        assert flood(s) < 32 << 20
+    server.settle()
+    assert server.metric('request_success_total{finished_reason="abort"}') == before + 2
+
+
+def test_a_burst_of_connections():
+    """However many come at once: no more than the limit, and 64 that are told so, hold descriptors."""
+    with Server("--max-connections", "10", ranks=0) as server:
+        def descriptors():
+            return len(os.listdir(f"/proc/{server.process.pid}/fd"))
+
+        before, sockets = descriptors(), []
+        for _ in range(3):
+            sockets += [raw_socket(server) for _ in range(300)]
+            time.sleep(1.5)
+            assert descriptors() <= before + 10 + 64
+            for s in sockets[:50]:
+                s.close()
+            del sockets[:50]
+        for s in sockets:
+            s.close()
+        end = time.monotonic() + 30
+        while server.get("/health")[0] != 200 and time.monotonic() < end:
+            time.sleep(0.2)  # those that were closed while they waited to be accepted
+        assert server.get("/health")[0] == 200 and descriptors() <= before + 2
 
 
 def drip(server, request, seconds):

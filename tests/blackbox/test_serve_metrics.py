@@ -232,6 +232,17 @@ def test_R13_a_line_for_refused_requests_too(server):
         assert record["prompt_tokens"] == record["answer_tokens"] == 0
 
 
+def test_R13_method_of_the_request(server):
+    """The label says what was asked for, not what the path takes."""
+    def count(method):
+        return server.metric(f'http_requests_total{{handler="chat",method="{method}",status="{2 if method == "OTHER" else 4}xx"}}')
+
+    before = [count(m) for m in ("GET", "POST", "OTHER")]
+    for method, status in (("OPTIONS", 204), ("GET", 405), ("POST", 415)):
+        assert server.call(method, "/v1/chat/completions", b"", {"Content-Type": "text/plain"})[0] == status
+    assert [count(m) - b for m, b in zip(("GET", "POST", "OTHER"), before)] == [1, 1, 1]
+
+
 def test_R13_json_log():
     with Server("--log-json", ranks=0, wait=False) as one:
         one.wait_line("serving", 30)

@@ -142,25 +142,31 @@ def test_errors_found_after_rendering(server):
 
 def test_a_drain_waits_for_templates(model):
     with Server("--shutdown-timeout", "20", ranks=0, model=model) as one:
-        slow = Background(one.post, "/v1/chat/completions", chat("Hi", max_tokens=2, chat_template_kwargs={"slow": 6}))
+        slow = Background(one.post, "/v1/chat/completions", chat("Hi", max_tokens=2, chat_template_kwargs={"slow": 3}))
+        time.sleep(0.1)
+        behind = Background(one.post, "/tokenize", chat("Hi", chat_template_kwargs={"slow": 3}))
         time.sleep(0.3)
         assert one.call("POST", "/admin/drain", b"")[0] == 202
-        slow.join(30)
-        assert slow.answer[0] == 200 and one.wait() == 0
+        for waiting in (slow, behind):
+            waiting.join(30)
+            assert waiting.answer[0] == 200
+        assert one.wait() == 0
 
 
 def test_an_abort_does_not(model):
     """Leaving does not wait for a template that runs: the second signal ends it."""
     with Server(ranks=0, model=model) as one:
         stuck = Background(one.post, "/v1/chat/completions", chat("Hi", chat_template_kwargs=ENDLESS))
+        texts = [Background(one.post, path, chat("Hi", chat_template_kwargs=ENDLESS)) for path in ("/tokenize", "/apply-template")]
         time.sleep(0.3)
         one.process.send_signal(10)
         one.wait_line("draining")
         begin = time.monotonic()
         one.process.send_signal(10)
         assert one.wait() == 1 and time.monotonic() - begin < 3
-        stuck.join(5)
-        assert stuck.answer[0] == 503 and stuck.answer[1]["error"]["code"] == "shutting_down"
+        for waiting in [stuck, *texts]:
+            waiting.join(5)
+            assert waiting.answer[0] == 503 and waiting.answer[1]["error"]["code"] == "shutting_down"
 
 
 def test_grpc_tokenize(model):
