@@ -23,13 +23,14 @@ static struct handled {
     int opened, received, closed;
     int echoes;      /* answers to each message */
     bool keep_open;  /* no end: the test does it */
+    size_t limit;    /* of a message; 0: the general one */
     h2_stream *last; /* received last */
     char timeout[32];
 } handled;
 
 static void on_opened(void *user, h2_stream *s) {
     (void)user;
-    (void)s;
+    if (handled.limit) h2_stream_limit_message(s, handled.limit);
     handled.opened++;
 }
 
@@ -371,6 +372,41 @@ static void test_upload_after_refusal(void) {
     tear_down();
 }
 
+/* Eight largest messages that lack a byte fill the memory for them; the oldest makes room, for one of
+ * five bytes as for a large one, and the others go on. */
+static void test_uploads_that_never_end(void) {
+    static uint8_t large[5 + MESSAGE_MAX];
+    enum { HELD = 8 };
+    set_up();
+    wire_prefix(large, MESSAGE_MAX);
+    source.hold = true;
+    for (int i = 0; i < HELD; i++)
+        CHECK_STR(request(large, sizeof large - 1, 16384)->grpc_status, "");
+    source.hold = false;
+    CHECK_STR(request(hello, sizeof hello, 10)->grpc_status, "0");
+    CHECK_STR(client.answers[0].grpc_status, "8");
+    CHECK_STR(request(large, sizeof large, 16384)->grpc_status, "0");
+    for (int i = 1; i < HELD; i++) CHECK_STR(client.answers[i].grpc_status, "");
+    source = (struct body_source){large, 1, 0, 1, false}; /* the byte it lacked */
+    nghttp2_session_resume_data(client.session, 3);
+    exchange();
+    CHECK_STR(client.answers[1].grpc_status, "0");
+    CHECK_EQ(handled.received, 3);
+    tear_down();
+}
+
+static void test_limit_of_a_stream(void) {
+    set_up();
+    handled.limit = 5;
+    CHECK_STR(request(hello, sizeof hello, 10)->grpc_status, "0");
+    handled.limit = 4;
+    CHECK_STR(request(hello, sizeof hello, 10)->grpc_status, "8");
+    handled.limit = 2 * MESSAGE_MAX;                     /* the general limit stays */
+    static const uint8_t huge[] = {0, 0, 1, 0x86, 0xa1}; /* 100,001 bytes */
+    CHECK_STR(request(huge, sizeof huge, 10)->grpc_status, "8");
+    tear_down();
+}
+
 static void test_drain(void) {
     set_up();
     handled.keep_open = true;
@@ -514,6 +550,8 @@ const struct suite_case suite_cases[] = {
     {"messages, then trailers", test_end_after_messages},
     {"the peer's window is kept, a slow reader is cut off", test_flow_control},
     {"an upload goes on after its refusal", test_upload_after_refusal},
+    {"uploads that never end shut nobody out", test_uploads_that_never_end},
+    {"a stream's own limit of its message", test_limit_of_a_stream},
     {"drain: two goodbyes, running streams complete", test_drain},
     {"drain: a request on its way is served", test_drain_race},
     {"idle connections and requests that do not arrive", test_idle},

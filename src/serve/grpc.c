@@ -10,6 +10,7 @@
 enum {
     STREAMS_MAX = 1024, /* of one connection */
     IDLE_SECONDS = 60,
+    PUBLIC_MESSAGE_BYTES = 4096, /* of methods that need no key */
     UNPACKED_MIN_BYTES = 1 << 20,
     UNPACKED_FACTOR = 4, /* memory of a message against the largest message: ids are 1 byte or 4 */
 };
@@ -220,7 +221,10 @@ static void on_opened(void *user, h2_stream *s) {
     if (parent) service_trace_id(parent, r->trace_id);
     h2_stream_set_request_id(s, r->request_id);
     r->method = find_method(path, &r->method_index);
-    if (r->method && r->method->public) return;
+    if (r->method && r->method->public) {
+        h2_stream_limit_message(s, PUBLIC_MESSAGE_BYTES);
+        return;
+    }
     if (may_enter(r) && !r->method) {
         grpc_end_unimplemented(r, "this server has no such method (see proto/)");
     }

@@ -69,7 +69,9 @@ struct h2_stream {
     bool headers_done; /* the handler knows it */
     bool too_large;    /* its headers */
     bool encoding_refused;
+    size_t message_max;
     struct wire_in in;
+    h2_stream *older, *newer; /* among unfinished messages, while in.capacity is not 0 */
     struct evbuffer *out;
     bool answered; /* response headers are on their way */
     bool ended;
@@ -92,7 +94,8 @@ struct h2 {
     bool listener_rests; /* accept failed: again at the next sweep */
     struct connection *connections;
     int connection_count;
-    size_t upload_bytes; /* of unfinished messages, all streams */
+    size_t upload_bytes;        /* of unfinished messages, all streams */
+    h2_stream *oldest, *newest; /* of them */
 };
 
 static double now_seconds(void) {
@@ -117,6 +120,7 @@ static h2_stream *stream_new(struct connection *c, int32_t id) {
     s->connection = c;
     s->id = id;
     s->out = out;
+    s->message_max = c->owner->options.message_bytes_max;
     s->opened_at = now_seconds();
     s->next = c->streams;
     if (c->streams) c->streams->prev = s;
@@ -124,9 +128,30 @@ static h2_stream *stream_new(struct connection *c, int32_t id) {
     return s;
 }
 
+static void enlist_upload(h2_stream *s) {
+    h2 *h = s->connection->owner;
+    s->older = h->newest;
+    *(h->newest ? &h->newest->newer : &h->oldest) = s;
+    h->newest = s;
+}
+
+/* What has come of its message, which the caller frees. */
+static struct wire_in take_upload(h2_stream *s) {
+    h2 *h = s->connection->owner;
+    const struct wire_in in = s->in;
+    if (in.capacity > 0) {
+        *(s->older ? &s->older->newer : &h->oldest) = s->newer;
+        *(s->newer ? &s->newer->older : &h->newest) = s->older;
+        s->older = s->newer = NULL;
+        h->upload_bytes -= in.capacity;
+    }
+    s->in = (struct wire_in){0};
+    return in;
+}
+
 static void drop_upload(h2_stream *s) {
-    s->connection->owner->upload_bytes -= s->in.capacity;
-    wire_in_fini(&s->in);
+    struct wire_in in = take_upload(s);
+    wire_in_fini(&in);
 }
 
 static void stream_free(h2_stream *s) {
@@ -266,6 +291,9 @@ void h2_stream_cut(h2_stream *s, int grpc_status, const char *message) {
 
 const char *h2_stream_header(const h2_stream *s, enum h2_header which) { return s->headers[which]; }
 double h2_stream_timeout(const h2_stream *s) { return s->timeout; }
+void h2_stream_limit_message(h2_stream *s, size_t n) {
+    if (n < s->message_max) s->message_max = n;
+}
 void h2_stream_set_user(h2_stream *s, void *user) { s->user = user; }
 void *h2_stream_user(const h2_stream *s) { return s->user; }
 void h2_stream_set_request_id(h2_stream *s, const char *id) {
@@ -314,24 +342,32 @@ static void start_stream(h2_stream *s) {
     }
 }
 
+/* Whoever holds memory longest without being done gives way, not who comes next: else a few uploads
+ * that never end would shut everybody else out. */
+static void make_room(h2 *h) {
+    while (h->upload_bytes > UPLOADS_MAX * h->options.message_bytes_max) {
+        h2_stream_end(h->oldest, H2_RESOURCE_EXHAUSTED,
+                      "too many large requests at once, and this one took longest to arrive");
+    }
+}
+
 static void read_data(h2_stream *s, const uint8_t *bytes, size_t n) {
     h2 *h = s->connection->owner;
     const size_t before = s->in.capacity;
     char text[160];
-    const enum wire_fault fault = wire_in_push(&s->in, bytes, n, h->options.message_bytes_max);
+    const enum wire_fault fault = wire_in_push(&s->in, bytes, n, s->message_max);
+    if (before == 0 && s->in.capacity > 0) enlist_upload(s);
     h->upload_bytes += s->in.capacity - before;
     switch (fault) {
         case WIRE_OK:
-            if (h->upload_bytes > UPLOADS_MAX * h->options.message_bytes_max) {
-                h2_stream_end(s, H2_RESOURCE_EXHAUSTED, "too many large requests at once");
-            }
+            make_room(h);
             return;
         case WIRE_COMPRESSED:
             refuse_encoding(s);
             return;
         case WIRE_TOO_LARGE:
             snprintf(text, sizeof text, "the message has %zu bytes, at most %zu are accepted",
-                     s->in.length, h->options.message_bytes_max);
+                     s->in.length, s->message_max);
             h2_stream_end(s, H2_RESOURCE_EXHAUSTED, text);
             return;
         case WIRE_NO_MEMORY:
@@ -348,16 +384,14 @@ static void read_data(h2_stream *s, const uint8_t *bytes, size_t n) {
 
 /* The peer has sent all it wants to send. */
 static void finish_request(h2_stream *s) {
-    h2 *h = s->connection->owner;
+    const h2 *h = s->connection->owner;
     s->remote_closed = true;
     if (s->ended || !s->headers_done) return;
     if (!wire_in_complete(&s->in)) {
         h2_stream_end(s, H2_INVALID_ARGUMENT, "the request ended before its message did");
         return;
     }
-    struct wire_in in = s->in; /* the handler may end the stream while it reads */
-    h->upload_bytes -= in.capacity;
-    s->in = (struct wire_in){0};
+    struct wire_in in = take_upload(s); /* the handler may end the stream while it reads */
     h->handler.received(h->user, s, in.bytes, in.n);
     wire_in_fini(&in);
 }

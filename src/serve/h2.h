@@ -82,6 +82,8 @@ void h2_close(h2 *h);
 const char *h2_stream_header(const h2_stream *s, enum h2_header which);
 /* Of grpc-timeout; 0: none. */
 double h2_stream_timeout(const h2_stream *s);
+/* Its message may have n bytes at most, where that is less than message_bytes_max. In opened. */
+void h2_stream_limit_message(h2_stream *s, size_t n);
 void h2_stream_set_user(h2_stream *s, void *user);
 void *h2_stream_user(const h2_stream *s);
 /* Comes back as x-request-id; copied. Before the first send or end. */

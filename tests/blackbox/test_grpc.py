@@ -531,6 +531,8 @@ def test_health(stubs, channel):
         assert health.Check(stubs.health.HealthCheckRequest(service=name)).status == Reply.SERVING
     unknown = stubs.health.HealthCheckRequest(service="another")
     assert code_of(lambda: health.Check(unknown))[0] == Code.NOT_FOUND
+    code, text = code_of(lambda: health.Check(stubs.health.HealthCheckRequest(service="x" * 5000)))
+    assert code == Code.RESOURCE_EXHAUSTED and "4096" in text  # whoever has no key may not hold memory
     watch = health.Watch(unknown)
     assert next(watch).status == Reply.SERVICE_UNKNOWN
     assert watch.is_active()
