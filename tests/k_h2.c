@@ -425,6 +425,43 @@ static void test_drain(void) {
     tear_down();
 }
 
+/* The answer is complete; that the client does not say it is done is no reason to wait. */
+static void test_drain_unfinished(void) {
+    static const uint8_t huge[] = {0, 0, 0x10, 0, 0}; /* 1 MiB */
+    set_up();
+    source.hold = true;
+    const struct answer *a = request(huge, sizeof huge, 10);
+    source.hold = false;
+    CHECK_STR(a->grpc_status, "8");
+    CU_ASSERT(!a->closed);
+    CU_ASSERT(!h2_busy(server));
+    tear_down();
+}
+
+/* A peer that never says a word, and to which nothing can be written, as before a TLS handshake. */
+static void test_drain_mute(void) {
+    static uint8_t junk[65536];
+    int fds[2];
+    ssize_t n;
+    set_up();
+    exchange();
+    CU_ASSERT_FATAL(socketpair(AF_UNIX, SOCK_STREAM | SOCK_NONBLOCK, 0, fds) == 0);
+    while (write(fds[0], junk, sizeof junk) > 0) continue;
+    h2_adopt(server, fds[0]);
+    exchange();
+    CU_ASSERT(!h2_busy(server));
+    h2_drain(server);
+    for (int ms = 0; ms < 4000; ms += 20) {
+        usleep(20000);
+        exchange();
+    }
+    do n = read(fds[1], junk, sizeof junk);
+    while (n > 0);
+    CHECK_EQ(n, 0); /* closed */
+    close(fds[1]);
+    tear_down();
+}
+
 /* A request that is on its way when the drain begins is served. */
 static void test_drain_race(void) {
     const nghttp2_nv head[] = {FIELD(":method", "POST"), FIELD(":scheme", "http"),
@@ -553,6 +590,8 @@ const struct suite_case suite_cases[] = {
     {"uploads that never end shut nobody out", test_uploads_that_never_end},
     {"a stream's own limit of its message", test_limit_of_a_stream},
     {"drain: two goodbyes, running streams complete", test_drain},
+    {"drain: a client that never ends its request", test_drain_unfinished},
+    {"drain: a peer that never says a word", test_drain_mute},
     {"drain: a request on its way is served", test_drain_race},
     {"idle connections and requests that do not arrive", test_idle},
     {"streams at once", test_streams},

@@ -52,6 +52,7 @@ struct connection {
     double idle_since;     /* last time a stream was there */
     double draining_since; /* 0: not */
     double pings, pinged;  /* token bucket */
+    bool heard;            /* something came: with TLS, the handshake is done */
     bool lost;             /* socket gone or protocol broken: free at the next flush */
     double closing_since;  /* free once everything is written; 0: not */
     bool said_goaway;
@@ -573,6 +574,7 @@ static void on_flush(evutil_socket_t fd, short what, void *user) {
 static void on_readable(struct bufferevent *wire, void *user) {
     struct connection *c = user;
     struct evbuffer *in = bufferevent_get_input(wire);
+    c->heard = true;
     while (!c->lost && c->closing_since == 0 && evbuffer_get_length(in) > 0) {
         const size_t n = evbuffer_get_contiguous_space(in);
         const uint8_t *bytes = evbuffer_pullup(in, (ev_ssize_t)n);
@@ -679,12 +681,20 @@ static void on_accept_failed(struct evconnlistener *listener, void *user) {
     h->listener_rests = true;
 }
 
+/* Its end is not written yet. */
+static bool owes_answer(const h2_stream *s) { return s->ended && !s->reset && !s->answer_complete; }
+
+/* No handshake, or no word after it: nothing can be written to it, so a goodbye would wait for ever. */
+static bool is_mute(const struct connection *c, double now) {
+    const bool drained = c->draining_since > 0 && now - c->draining_since > GOODBYE_SECONDS;
+    return !c->heard && (drained || now - c->idle_since > c->owner->options.idle_seconds);
+}
+
 /* Requests that do not arrive, answers that nobody takes. */
 static void sweep_streams(struct connection *c, double now) {
     const double idle = c->owner->options.idle_seconds;
     for (h2_stream *s = c->streams; s; s = s->next) {
-        const bool unread = s->ended && !s->reset && !s->answer_complete;
-        if (unread && now - s->moved_at > idle) reset_unread(s);
+        if (owes_answer(s) && now - s->moved_at > idle) reset_unread(s);
         if (s->remote_closed || now - s->opened_at < idle) continue;
         h2_stream_end(s, H2_DEADLINE_EXCEEDED, "the request did not arrive in time");
         stop_upload(s);
@@ -704,7 +714,8 @@ static void on_sweep(evutil_socket_t fd, short what, void *user) {
         sweep_streams(c, now);
         if (!c->streams && now - c->idle_since > h->options.idle_seconds) drain_connection(c);
         if (c->draining_since > 0 && now - c->draining_since > GOODBYE_SECONDS) say_last_stream(c);
-        if (c->closing_since > 0 && now - c->closing_since > GOODBYE_SECONDS) {
+        const bool closed = c->closing_since > 0 && now - c->closing_since > GOODBYE_SECONDS;
+        if (closed || is_mute(c, now)) {
             c->lost = true;
             touch(c);
         }
@@ -791,10 +802,11 @@ void h2_drain(h2 *h) {
 
 bool h2_busy(const h2 *h) {
     for (struct connection *c = h->connections; c; c = c->next) {
+        if (!c->heard) continue;
         if (evbuffer_get_length(bufferevent_get_output(c->wire)) > 0) return true;
         if (nghttp2_session_want_write(c->session)) return true;
         for (const h2_stream *s = c->streams; s; s = s->next) {
-            if (s->ended) return true;
+            if (owes_answer(s)) return true;
         }
     }
     return false;

@@ -7,6 +7,7 @@ import shutil
 import socket
 import ssl
 import subprocess
+import time
 
 import pytest
 from conftest import chat, launch
@@ -161,6 +162,18 @@ def test_drain(files):
         next(events)
         one.process.send_signal(10)
         assert list(events)[-1] == "[DONE]" and one.wait() == 0
+
+
+@needs_tls
+def test_drain_without_handshakes(files):
+    """Whoever never began a handshake is not waited for (the limit for writing last answers is 7 s)."""
+    with SecureServer(*files[0], "--grpc-port", "0", ranks=0) as one:
+        grpc_port = int(one.grpc.rsplit(":", 1)[1])
+        with socket.create_connection(("127.0.0.1", grpc_port)):
+            one.metrics()  # the loop has turned since
+            begun = time.monotonic()
+            assert one.stop() == 0
+            assert time.monotonic() - begun < 6
 
 
 @needs_tls
