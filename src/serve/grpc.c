@@ -140,6 +140,24 @@ void grpc_call(struct rpc *r, json_t *root, enum call_kind kind, bool fills_cont
     }
 }
 
+static void on_deadline(evutil_socket_t fd, short what, void *user) {
+    struct rpc *r = user;
+    (void)fd;
+    (void)what;
+    grpc_tokens_forget(r);
+    grpc_health_forget(r);
+    grpc_end_as(r, REFUSAL_TIMEOUT, "the deadline (grpc-timeout) has passed");
+}
+
+void grpc_start_deadline(struct rpc *r) {
+    const double seconds = r->timeout_seconds;
+    const struct timeval wait = {(time_t)seconds,
+                                 (suseconds_t)(1e6 * (seconds - (double)(time_t)seconds))};
+    if (seconds <= 0) return;
+    r->deadline = evtimer_new(r->site->base, on_deadline, r);
+    if (r->deadline) evtimer_add(r->deadline, &wait); /* else the client keeps it alone */
+}
+
 void grpc_call_ended(void *user, call *c, const struct refused *why) {
     struct rpc *r = user;
     (void)c;
@@ -243,8 +261,9 @@ static void on_closed(void *user, h2_stream *s) {
     if (!r) return;
     count(r);
     drop_call(r, CALL_DISCONNECTED);
-    if (r->making) prompts_cancel(r->making);
+    grpc_tokens_forget(r);
     grpc_health_forget(r);
+    if (r->deadline) event_free(r->deadline);
     for (int i = 0; r->choices && i < r->choice_count; i++) {
         json_writer_fini(&r->choices[i].text);
         json_writer_fini(&r->choices[i].reasoning);
@@ -292,7 +311,12 @@ static enum status front_open(const struct front_site *site, void **state) {
 
 static int front_port(const void *state) { return h2_port(((const struct grpc *)state)->h2); }
 static void front_drain(void *state) { h2_drain(((struct grpc *)state)->h2); }
-static bool front_busy(const void *state) { return h2_busy(((const struct grpc *)state)->h2); }
+
+/* Whoever waits for tokens has no call that a drain would wait for. */
+static bool front_busy(const void *state) {
+    const struct grpc *g = state;
+    return g->making_count > 0 || h2_busy(g->h2);
+}
 
 static void front_close(void *state) {
     struct grpc *g = state;

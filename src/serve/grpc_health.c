@@ -63,13 +63,6 @@ static void send_now(struct rpc *r) {
     grpc_send_bytes(r, out);
 }
 
-static void on_deadline(evutil_socket_t fd, short what, void *user) {
-    (void)fd;
-    (void)what;
-    grpc_health_forget(user);
-    grpc_end_as(user, REFUSAL_TIMEOUT, "the deadline of the watch has passed");
-}
-
 static void watch(struct rpc *r, const uint8_t *bytes, size_t n) {
     bool known;
     if (!read_name(r, bytes, n, &known)) return;
@@ -77,13 +70,7 @@ static void watch(struct rpc *r, const uint8_t *bytes, size_t n) {
     r->watch_unknown = !known;
     r->next_watch = r->front->watches;
     r->front->watches = r;
-    if (r->timeout_seconds > 0) {
-        const double seconds = r->timeout_seconds;
-        const struct timeval wait = {(time_t)seconds,
-                                     (suseconds_t)(1e6 * (seconds - (double)(time_t)seconds))};
-        r->watch_timer = evtimer_new(r->site->base, on_deadline, r);
-        if (r->watch_timer) evtimer_add(r->watch_timer, &wait);
-    }
+    grpc_start_deadline(r);
     send_now(r);
 }
 
@@ -93,8 +80,6 @@ void grpc_health_forget(struct rpc *r) {
     while (*at != r) at = &(*at)->next_watch;
     *at = r->next_watch;
     r->watches = false;
-    if (r->watch_timer) event_free(r->watch_timer);
-    r->watch_timer = NULL;
 }
 
 void grpc_health_changed(struct grpc *g) {

@@ -52,13 +52,13 @@ struct rpc {
     struct service_pace pace; /* of who reads its events */
     prompt_job *making;       /* of Tokenize; NULL: none */
     bool with_pieces;         /* its field */
+    struct event *deadline;   /* of Tokenize and Watch: calls have their own; NULL: none */
     struct grpc_choice *choices;
     int choice_count;
     /* health Watch */
     struct rpc *next_watch;
     bool watches, watch_unknown;
     int watch_said; /* status sent last; 0 (UNKNOWN): none */
-    struct event *watch_timer;
 };
 
 struct grpc {
@@ -66,6 +66,7 @@ struct grpc {
     struct tls *tls;
     h2 *h2;
     struct rpc *watches;
+    int making_count;           /* rpcs that wait for a prompt job */
     struct json_writer scratch; /* one message being packed */
 };
 
@@ -92,6 +93,8 @@ const struct body_facts *grpc_facts(struct rpc *r);
  * ended. */
 void grpc_call(struct rpc *r, json_t *root, enum call_kind kind, bool fills_context,
                const struct call_front *front);
+/* Ends the rpc with DEADLINE_EXCEEDED when its grpc-timeout has passed. Once an rpc. */
+void grpc_start_deadline(struct rpc *r);
 /* The end function of call fronts. */
 void grpc_call_ended(void *user, call *c, const struct refused *why);
 
@@ -105,6 +108,11 @@ enum status grpc_parse(const ProtobufCMessageDescriptor *type, arena *memory, co
 /* A JSON object with the message's set fields. Text must be UTF-8 without NUL, numbers finite; at
  * most item_max array elements in all (a JSON body could not hold more either). STATUS_REQUEST. */
 enum status grpc_tree(const ProtobufCMessage *message, int64_t item_max, json_t **out);
+
+/* ---- grpc_sfumato.c ---- */
+
+/* Nobody waits any more for the tokens that are being made. */
+void grpc_tokens_forget(struct rpc *r);
 
 /* ---- grpc_health.c ---- */
 

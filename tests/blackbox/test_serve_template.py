@@ -1,5 +1,7 @@
 """A chat template is a program of somebody else's. A slow one holds up nobody but those who wait for a template."""
 import json
+import shutil
+import subprocess
 import time
 
 import pytest
@@ -169,11 +171,17 @@ def test_an_abort_does_not(model):
             assert waiting.answer[0] == 503 and waiting.answer[1]["error"]["code"] == "shutting_down"
 
 
+def tokenize_request(kwargs=None):
+    """The bytes of sfumato.v1.TokenizeRequest{messages, chat_template_kwargs}."""
+    message = b"\x0a\x04user\x12\x02Hi"  # Message{role, content}
+    text = json.dumps(kwargs).encode() if kwargs else b""
+    return b"\x12" + bytes([len(message)]) + message + (b"\x3a" + bytes([len(text)]) + text if text else b"")
+
+
 def test_grpc_tokenize(model):
     grpc = pytest.importorskip("grpc")
     with Server("--grpc-port", "0", ranks=0, model=model) as one:
-        message = b"\x0a\x04user\x12\x02Hi"  # Message{role, content}
-        request = b"\x12" + bytes([len(message)]) + message  # TokenizeRequest{messages}
+        request = tokenize_request()
         slow = Background(one.post, "/v1/chat/completions", chat("Hi", max_tokens=1, chat_template_kwargs={"slow": 6}))
         with grpc.insecure_channel(one.grpc) as channel:
             call = channel.unary_unary("/sfumato.v1.Inference/Tokenize")
@@ -187,8 +195,7 @@ def test_grpc_tokenize(model):
             future = call.future(request)
             future.cancel()
             assert len(call(request, timeout=30)) > 3
-            kwargs = json.dumps(ENDLESS).encode()
-            endless = request + b"\x3a" + bytes([len(kwargs)]) + kwargs  # TokenizeRequest{chat_template_kwargs}
+            endless = tokenize_request(ENDLESS)
             begin = time.monotonic()
             for _ in range(4):  # RST_STREAM stops a render that runs: each would take 5 s
                 future = call.future(endless)
@@ -198,3 +205,26 @@ def test_grpc_tokenize(model):
             assert time.monotonic() - begin < 12
         slow.join(30)
         assert slow.answer[0] == 200
+
+
+@pytest.mark.skipif(not shutil.which("curl"), reason="curl is not installed")
+def test_the_server_keeps_the_deadline_of_grpc_tokenize(model):
+    """Asked by curl, which does not look at grpc-timeout."""
+    with Server("--grpc-port", "0", ranks=0, model=model) as one:
+        request = tokenize_request(ENDLESS)
+        begin = time.monotonic()
+        done = subprocess.run(["curl", "-sS", "-i", "--http2-prior-knowledge", "--max-time", "20", "-H", "content-type: application/grpc",
+                               "-H", "te: trailers", "-H", "grpc-timeout: 200m", "--data-binary", "@-",
+                               f"http://{one.grpc}/sfumato.v1.Inference/Tokenize"],
+                              input=b"\0" + len(request).to_bytes(4, "big") + request, capture_output=True)
+        assert b"grpc-status: 4\r\n" in done.stdout, done
+        assert time.monotonic() - begin < 4  # the template is killed after 5 s
+
+
+def test_a_drain_waits_for_grpc_tokenize(model):
+    grpc = pytest.importorskip("grpc")
+    with Server("--grpc-port", "0", ranks=0, model=model) as one, grpc.insecure_channel(one.grpc) as channel:
+        slow = channel.unary_unary("/sfumato.v1.Inference/Tokenize").future(tokenize_request({"slow": 4}))
+        time.sleep(0.3)
+        one.process.send_signal(10)
+        assert len(slow.result(30)) > 3 and one.wait() == 0
