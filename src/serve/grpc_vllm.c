@@ -6,6 +6,7 @@
  * Ids go in and out, no text. Routers written for vLLM see an ordinary engine; how it thinks is
  * decided by the server's flags.
  */
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
@@ -18,6 +19,7 @@ typedef Vllm__Grpc__Engine__GenerateComplete generate_complete;
 typedef Vllm__Grpc__Engine__OutputLogProbs output_logprobs;
 
 enum { RESPONSE_COMPLETE = 2, COMPLETE_LOGPROBS = 6 }; /* fields appended by hand */
+enum { ABORT_IDS_MAX = 4096 };                         /* each is looked for among all calls */
 
 /* ---- requests ---- */
 
@@ -191,27 +193,30 @@ static void on_finish(void *user, call *c, int choice, const struct stream_delta
 static const struct call_front generation_front = {
     .step = on_step, .finish = on_finish, .end = grpc_call_ended};
 
-/* A router names its requests itself, and aborts them by that name. */
-static void take_request_id(struct rpc *r, const ProtobufCBinaryData *given) {
-    char id[SERVICE_ID_BYTES];
-    if (given->len == 0 || given->len >= sizeof id) return;
-    memcpy(id, given->data, given->len);
-    id[given->len] = '\0';
+/* A router names its requests itself, and aborts them by that name: one that cannot be kept is refused.
+ * False: the rpc has been ended. */
+static bool take_request_id(struct rpc *r, const ProtobufCBinaryData *given) {
+    char id[SERVICE_ID_BYTES] = "";
+    if (given->len == 0) return true;
+    if (given->len < sizeof id) memcpy(id, given->data, given->len);
     service_request_id(id, r->request_id);
+    if (strlen(id) != given->len || strcmp(id, r->request_id) != 0) {
+        grpc_end_as(r, REFUSAL_INVALID, "request_id must be 1 to 128 of A-Z a-z 0-9 . _ -");
+        return false;
+    }
     h2_stream_set_request_id(r->stream, r->request_id);
+    return true;
 }
 
 static void generate(struct rpc *r, const uint8_t *bytes, size_t n) {
-    const struct body_facts *facts = grpc_facts(r);
     json_t *root = NULL;
     arena memory;
-    if (!facts) return;
     arena_init(&memory, grpc_memory_max(r));
     generate_request *m =
         grpc_unpack(r, &vllm__grpc__engine__generate_request__descriptor, &memory, bytes, n);
-    if (m && check_offered(r, m)) {
-        take_request_id(r, &m->request_id);
-        if (to_tree(r, m, &root) != STATUS_OK) grpc_end_last(r);
+    if (m && check_offered(r, m) && take_request_id(r, &m->request_id) &&
+        to_tree(r, m, &root) != STATUS_OK) {
+        grpc_end_last(r);
     }
     arena_fini(&memory);
     if (root) grpc_call(r, root, CALL_COMPLETION, true, &generation_front);
@@ -235,14 +240,21 @@ static void abort_calls(struct rpc *r, const uint8_t *bytes, size_t n) {
     arena_init(&memory, grpc_memory_max(r));
     const Vllm__Grpc__Engine__AbortRequest *m =
         grpc_unpack(r, &vllm__grpc__engine__abort_request__descriptor, &memory, bytes, n);
-    for (size_t i = 0; m && i < m->n_request_ids; i++) {
-        const ProtobufCBinaryData *given = &m->request_ids[i];
-        char id[SERVICE_ID_BYTES] = "";
-        if (given->len == 0 || given->len >= sizeof id) continue; /* no call has such a name */
-        memcpy(id, given->data, given->len);
-        service_abort(r->site->service, id);
+    if (m && m->n_request_ids > ABORT_IDS_MAX) {
+        char text[80];
+        snprintf(text, sizeof text, "request_ids has %zu ids: at most %d are taken at once",
+                 m->n_request_ids, ABORT_IDS_MAX);
+        grpc_end_as(r, REFUSAL_INVALID, text);
+    } else if (m) {
+        for (size_t i = 0; i < m->n_request_ids; i++) {
+            const ProtobufCBinaryData *given = &m->request_ids[i];
+            char id[SERVICE_ID_BYTES] = "";
+            if (given->len == 0 || given->len >= sizeof id) continue; /* no call has such a name */
+            memcpy(id, given->data, given->len);
+            service_abort(r->site->service, id);
+        }
+        grpc_reply(r, &none);
     }
-    if (m) grpc_reply(r, &none);
     arena_fini(&memory);
 }
 

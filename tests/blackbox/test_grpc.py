@@ -4,6 +4,7 @@ Whatever both protocols can say must give the same result: a gRPC request is com
 request of the same fields and seed, ids and bytes.
 """
 import concurrent.futures
+import contextlib
 import importlib
 import os
 import random
@@ -457,6 +458,11 @@ def test_vllm_refuses_what_it_lacks(stubs, engine, channel):
     assert code == Code.UNIMPLEMENTED and "structured" in text
     params = v.SamplingParams(prompt_logprobs=1)
     assert code_of(lambda: list(engine.Generate(v.GenerateRequest(text=b"1", sampling_params=params))))[0] == Code.UNIMPLEMENTED
+    for name in (b"chat:1", b"a b", b"a\0b", b"x" * 129, "é".encode()):  # Abort could not find it
+        code, text = code_of(lambda: list(engine.Generate(v.GenerateRequest(request_id=name, text=b"1"))))
+        assert code == Code.INVALID_ARGUMENT and "request_id" in text
+    longest = v.GenerateRequest(request_id=b"x" * 128, text=b"1", sampling_params=v.SamplingParams(max_tokens=1))
+    assert dict(engine.Generate(longest).initial_metadata())["x-request-id"] == "x" * 128
     for name in ("Embed", "GetTokenizer", "SubscribeKvEvents"):
         assert code_of(lambda: channel.unary_unary(f"/vllm.grpc.engine.VllmEngine/{name}")(b""))[0] == Code.UNIMPLEMENTED
 
@@ -472,7 +478,9 @@ def test_vllm_small_methods(server, stubs, engine):
     params = v.SamplingParams(ignore_eos=True, n=16)
     call = engine.Generate(v.GenerateRequest(request_id=b"router-1", text=b"1", sampling_params=params, stream=True))
     next(call)
-    engine.Abort(v.AbortRequest(request_ids=[b"nobody", b"router-1", b"x" * 500]))
+    code, text = code_of(lambda: engine.Abort(v.AbortRequest(request_ids=[b"router-1"] + [b"x"] * 4096)))
+    assert code == Code.INVALID_ARGUMENT and "4097" in text and "4096" in text
+    engine.Abort(v.AbortRequest(request_ids=[b"nobody", b"router-1", b"x" * 500] + [b"x"] * 4093))
     assert code_of(lambda: list(call))[0] == Code.CANCELLED
     assert idle(server)
 
@@ -538,6 +546,26 @@ def test_health(stubs, channel):
     assert watch.is_active()
     watch.cancel()
     assert code_of(lambda: list(health.Watch(stubs.health.HealthCheckRequest(), timeout=0.5)))[0] == Code.DEADLINE_EXCEEDED
+
+
+def test_refused_while_loading(stubs):
+    """Counted and logged, whatever the method that generates."""
+    with contextlib.ExitStack() as stack:
+        ports = [stack.enter_context(socket.create_server(("127.0.0.1", 0))).getsockname()[1] for _ in range(2)]
+    server = Server("--port", ports[0], "--grpc-port", ports[1], wait=False, env={"SFUMATO_FAULT": "load-delay:0:500"})
+    try:
+        with grpc.insecure_channel(f"127.0.0.1:{ports[1]}") as channel:
+            v = stubs.vllm_engine
+            sent = stubs.vllm_engine_grpc.VllmEngineStub(channel).Generate(v.GenerateRequest(request_id=b"early-1", text=b"1"), wait_for_ready=True)
+            assert code_of(lambda: list(sent))[0] == Code.UNAVAILABLE
+            sent = stubs.sfumato_grpc.InferenceStub(channel).Chat(question(stubs, "1"), metadata=(("x-request-id", "early-2"),))
+            assert code_of(lambda: list(sent))[0] == Code.UNAVAILABLE
+        server.port = ports[0]
+        assert server.metric('admission_rejections_total{reason="loading"}') == 2
+        for name in ("early-1", "early-2"):
+            server.wait_line(name)
+    finally:
+        server.kill()
 
 
 def test_health_from_loading_to_drain(stubs):
