@@ -212,6 +212,44 @@ static void test_bad_values(void) {
     free(text);
 }
 
+static int allocations_left;
+static void *limited_malloc(size_t n) { return allocations_left-- > 0 ? malloc(n) : NULL; }
+
+/* Whichever allocation fails, the tree is whole or there is none. */
+static void test_no_memory(void) {
+    /* messages {role "user", content ""}, prompt "hi" and {1, 300}, temperature 0, stream, n 2,
+     * logit_bias {5: 1.5}, soft_thinking {cold_stop {off}} */
+    static const char bytes[] =
+        "\x0a\x08\x0a\x04user\x12\0\x12\x04\x0a\x02hi\x12\x07\x12\x05\x0a\x03\x01\xac\x02"
+        "\x4d\0\0\0\0\x20\x01\x28\x02\x82\x01\x07\x08\x05\x15\0\0\xc0\x3f"
+        "\xa2\x02\x04\x3a\x02\x18\x01";
+    static const char want[] =
+        "{\"logit_bias\":{\"5\":1.5},\"messages\":[{\"content\":\"\",\"role\":\"user\"}],\"n\":2,"
+        "\"prompt\":[\"hi\",[1,300]],\"soft_thinking\":{\"cold_stop\":false},\"stream\":true,"
+        "\"temperature\":0.0}";
+    arena memory;
+    void *m;
+    json_t *tree = NULL;
+    int failures = 0;
+    arena_init(&memory, 1 << 20);
+    CU_ASSERT_FATAL(grpc_parse(&sfumato__v1__request__descriptor, &memory, (const uint8_t *)bytes,
+                               sizeof bytes - 1, &m) == STATUS_OK);
+    json_set_alloc_funcs(limited_malloc, free);
+    for (bool done = false; !done; failures += !done) {
+        allocations_left = failures;
+        const enum status status = grpc_tree(m, 100, &tree);
+        done = status == STATUS_OK;
+        if (!done) CHECK_EQ(status, STATUS_MEMORY);
+    }
+    json_set_alloc_funcs(malloc, free);
+    CU_ASSERT(failures > 20); /* a value each, at least */
+    char *text = json_dumps(tree, JSON_COMPACT | JSON_SORT_KEYS);
+    CHECK_STR(text, want);
+    free(text);
+    json_decref(tree);
+    arena_fini(&memory);
+}
+
 static void test_item_limit(void) {
     char wire[3 + 101] = "\x9a\x01\x65"; /* stop_token_ids (19), packed, 101 ids */
     memset(wire + 3, 1, 101);
@@ -248,6 +286,7 @@ const struct suite_case suite_cases[] = {
     {"absent is not zero", test_absent_is_not_zero},
     {"arrays, maps, and types that JSON tells by value", test_shapes},
     {"bad values name their field", test_bad_values},
+    {"no memory is no shorter request", test_no_memory},
     {"array elements are limited", test_item_limit},
     {"unpacking is limited in memory", test_memory_cap},
     {NULL, NULL},

@@ -106,7 +106,8 @@ enum status grpc_parse(const ProtobufCMessageDescriptor *type, arena *memory, co
                        size_t n, void **out);
 
 /* A JSON object with the message's set fields. Text must be UTF-8 without NUL, numbers finite; at
- * most item_max array elements in all (a JSON body could not hold more either). STATUS_REQUEST. */
+ * most item_max array elements in all (a JSON body could not hold more either). STATUS_REQUEST,
+ * STATUS_MEMORY. */
 enum status grpc_tree(const ProtobufCMessage *message, int64_t item_max, json_t **out);
 
 /* ---- grpc_sfumato.c ---- */

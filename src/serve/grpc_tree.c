@@ -10,6 +10,7 @@
 #include <string.h>
 
 #include "serve/grpc_parts.h"
+#include "text/utf8.h"
 
 /* ---- bytes to messages ---- */
 
@@ -49,6 +50,14 @@ struct walk {
 
 static enum status object_of(struct walk *w, const ProtobufCMessage *m, json_t **out);
 
+/* jansson gives nothing, or takes nothing, only when memory is short. */
+static enum status no_memory(void) { return fail(STATUS_MEMORY, "no memory for a request"); }
+
+/* value's reference is taken over. */
+static enum status set(json_t *object, const char *key, json_t *value) {
+    return json_object_set_new(object, key, value) == 0 ? STATUS_OK : no_memory();
+}
+
 /* ---- values ---- */
 
 static enum status wrong(const ProtobufCFieldDescriptor *f, const char *what) {
@@ -60,7 +69,8 @@ static enum status text_of(const ProtobufCFieldDescriptor *f, const void *bytes,
     const char *text = n ? bytes : "";
     if (memchr(text, '\0', n)) return wrong(f, "text without NUL");
     *out = json_stringn(text, n); /* checks UTF-8 */
-    return *out ? STATUS_OK : wrong(f, "valid UTF-8");
+    if (*out) return STATUS_OK;
+    return utf8_valid_bytes(text, n) < n ? wrong(f, "valid UTF-8") : no_memory();
 }
 
 static enum status real_of(const ProtobufCFieldDescriptor *f, double value, json_t **out) {
@@ -170,11 +180,11 @@ static enum status map_entry(struct walk *w, const ProtobufCMessage *entry, json
     json_t *name = NULL, *content = NULL;
     char text[24];
     TRY(value_of(w, key, (const char *)entry + key->offset, &name));
+    if (!name) return no_memory();
     snprintf(text, sizeof text, "%lld", (long long)json_integer_value(name));
     json_decref(name);
     TRY(value_of(w, value, (const char *)entry + value->offset, &content));
-    json_object_set_new(object, text, content); /* twice the same key: the last counts */
-    return STATUS_OK;
+    return set(object, text, content); /* twice the same key: the last counts */
 }
 
 static enum status repeated_of(struct walk *w, const ProtobufCMessage *m,
@@ -185,14 +195,14 @@ static enum status repeated_of(struct walk *w, const ProtobufCMessage *m,
     const bool map = is_map(f);
     if ((w->items_left -= (int64_t)count) < 0) return wrong(f, "shorter: the request is too large");
     json_t *list = map ? json_object() : json_array();
-    enum status status = list ? STATUS_OK : fail(STATUS_MEMORY, "no memory for a request");
+    enum status status = list ? STATUS_OK : no_memory();
     for (size_t i = 0; i < count && status == STATUS_OK; i++) {
         json_t *item = NULL;
         if (map) {
             status = map_entry(w, ((const ProtobufCMessage *const *)items)[i], list);
         } else {
             status = value_of(w, f, items + i * step, &item);
-            if (status == STATUS_OK) json_array_append_new(list, item);
+            if (status == STATUS_OK && json_array_append_new(list, item) != 0) status = no_memory();
         }
     }
     if (status != STATUS_OK) {
@@ -267,13 +277,12 @@ static enum status add_field(struct walk *w, const ProtobufCMessage *m,
         const struct fault fault = *fail_last();
         return fail_param(status, f->name, NULL, "%s: %s", f->name, fault.text);
     }
-    json_object_set_new(object, f->name, value);
-    return STATUS_OK;
+    return set(object, f->name, value);
 }
 
 static enum status object_of(struct walk *w, const ProtobufCMessage *m, json_t **out) {
     json_t *object = json_object();
-    enum status status = object ? STATUS_OK : fail(STATUS_MEMORY, "no memory for a request");
+    enum status status = object ? STATUS_OK : no_memory();
     for (unsigned i = 0; i < m->descriptor->n_fields && status == STATUS_OK; i++) {
         const ProtobufCFieldDescriptor *f = &m->descriptor->fields[i];
         if (is_set(m, f)) status = add_field(w, m, f, object);

@@ -12,6 +12,7 @@
 #include <time.h>
 
 #include "serve/grpc_parts.h"
+#include "text/utf8.h"
 #include "vllm_engine.pb-c.h"
 
 typedef Vllm__Grpc__Engine__GenerateRequest generate_request;
@@ -50,6 +51,8 @@ static bool check_offered(struct rpc *r, const generate_request *m) {
     return true;
 }
 
+static enum status no_memory(void) { return fail(STATUS_MEMORY, "no memory for a request"); }
+
 /* The prompt as the completions API takes it. */
 static enum status read_prompt(generate_request *m, int64_t item_max, json_t **out) {
     json_t *input = NULL;
@@ -59,17 +62,23 @@ static enum status read_prompt(generate_request *m, int64_t item_max, json_t **o
     }
     if (!ids) {
         const char *text = m->text.len ? (const char *)m->text.data : "";
-        if (!memchr(text, '\0', m->text.len)) *out = json_stringn(text, m->text.len);
-        return *out ? STATUS_OK
-                    : fail_param(STATUS_REQUEST, "text", NULL,
-                                 "text must be valid UTF-8 without NUL");
+        if (memchr(text, '\0', m->text.len) || utf8_valid_bytes(text, m->text.len) < m->text.len) {
+            return fail_param(STATUS_REQUEST, "text", NULL, "text must be valid UTF-8 without NUL");
+        }
+        *out = json_stringn(text, m->text.len);
+        return *out ? STATUS_OK : no_memory();
     }
     m->tokenized->original_text.len = 0; /* for people who debug */
     TRY(grpc_tree(&m->tokenized->base, item_max, &input));
     json_t *list = json_object_get(input, "input_ids");
     *out = list ? json_incref(list) : json_array();
     json_decref(input);
-    return STATUS_OK;
+    return *out ? STATUS_OK : no_memory();
+}
+
+/* Unset means off here, not the server's default. */
+static bool set_unless_given(json_t *root, const char *key, int value) {
+    return json_object_get(root, key) || json_object_set_new(root, key, json_integer(value)) == 0;
 }
 
 static enum status to_tree(struct rpc *r, generate_request *m, json_t **out) {
@@ -79,15 +88,15 @@ static enum status to_tree(struct rpc *r, generate_request *m, json_t **out) {
         TRY(grpc_tree(&m->sampling_params->base, item_max, &root));
     } else {
         root = json_object();
+        if (!root) return no_memory();
     }
     enum status status = read_prompt(m, item_max, &prompt);
-    if (status == STATUS_OK) {
-        json_object_set_new(root, "prompt", prompt);
-        json_object_set_new(root, "stream", json_boolean(m->stream));
-        /* unset means off here, not the server's default */
-        if (!json_object_get(root, "top_p")) json_object_set_new(root, "top_p", json_integer(1));
-        if (!json_object_get(root, "top_k")) json_object_set_new(root, "top_k", json_integer(0));
-        if (!json_object_get(root, "min_p")) json_object_set_new(root, "min_p", json_integer(0));
+    if (status == STATUS_OK &&
+        (json_object_set_new(root, "prompt", prompt) != 0 ||
+         json_object_set_new(root, "stream", json_boolean(m->stream)) != 0 ||
+         !set_unless_given(root, "top_p", 1) || !set_unless_given(root, "top_k", 0) ||
+         !set_unless_given(root, "min_p", 0))) {
+        status = no_memory();
     }
     if (status != STATUS_OK) {
         json_decref(root);
