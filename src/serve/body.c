@@ -565,6 +565,21 @@ struct request body_request(const struct body *b, int prompt, uint64_t id) {
     return r;
 }
 
+enum status body_decode(const struct body_facts *facts, const uint32_t *ids, size_t count,
+                        char **text, size_t *n) {
+    const size_t most = BODY_DECODED_FACTOR * (size_t)facts->params->max_body_bytes;
+    size_t bytes = 0;
+    for (size_t i = 0; i < count && bytes <= most; i++) {
+        bytes += tokenizer_piece(facts->tokenizer, ids[i]).n;
+    }
+    if (bytes > most) {
+        return fail_param(STATUS_REQUEST, "tokens", NULL,
+                          "the text of tokens has more than %zu bytes (%d x --max-body-bytes)",
+                          most, BODY_DECODED_FACTOR);
+    }
+    return tokenizer_decode(facts->tokenizer, ids, count, false, text, n);
+}
+
 /* Flags whose range is the model's. */
 static enum status check_top_k(const struct body_facts *facts, enum param_id id, const char *flag,
                                int64_t top_k) {

@@ -25,7 +25,7 @@
 #include "text/stream.h"
 #include "text/tokenizer.h"
 
-enum { BODY_PROMPTS_MAX = 128, BODY_MESSAGES_MAX = 4096 };
+enum { BODY_PROMPTS_MAX = 128, BODY_MESSAGES_MAX = 4096, BODY_DECODED_FACTOR = 4 };
 
 /* What all requests of a process are resolved against. Borrowed, set once at start-up. */
 struct body_facts {
@@ -122,6 +122,11 @@ enum status body_render_messages(const struct body_facts *facts, const json_t *r
 const char *body_next_name(const char **at, size_t *n);
 /* STATUS_REQUEST, model_not_found: name (NULL: not given) is none of them. */
 enum status body_check_model(const struct body_facts *facts, const char *name);
+
+/* The text of ids, as tokenizer_decode makes it. STATUS_REQUEST: it would have more than
+ * BODY_DECODED_FACTOR x --max-body-bytes, as an id may stand for many times its own bytes. */
+enum status body_decode(const struct body_facts *facts, const uint32_t *ids, size_t count,
+                        char **text, size_t *n);
 
 /* Internal to serve/: the parts of body_parse. */
 enum status body_think_block(const struct body_facts *facts, struct body *b);

@@ -290,7 +290,7 @@ static enum status decode(const struct body_facts *facts, const Sfumato__V1__Det
         return fail_param(STATUS_REQUEST, "tokens", NULL, "tokens: item %zu is no id in 0..%d", i,
                           facts->vocab_count - 1);
     }
-    return tokenizer_decode(facts->tokenizer, m->tokens, m->n_tokens, false, text, n);
+    return body_decode(facts, m->tokens, m->n_tokens, text, n);
 }
 
 static void detokenize(struct rpc *r, const uint8_t *bytes, size_t n) {

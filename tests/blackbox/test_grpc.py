@@ -192,6 +192,10 @@ def test_tokens(server, stubs, inference):
         assert (mine.count, mine.max_model_len) == (http["count"], http["max_model_len"])
     assert inference.Detokenize(stubs.sfumato.DetokenizeRequest(tokens=inference.Tokenize(
         stubs.sfumato.TokenizeRequest(prompt="déjà vu 7".encode(), add_special_tokens=False)).tokens)).prompt == "déjà vu 7"
+    # "<|assistant|>" (id 2) is 13 bytes of text for one of a message: at most 4 x 65536 of them
+    assert inference.Detokenize(stubs.sfumato.DetokenizeRequest(tokens=[2] * 20164)).prompt == "<|assistant|>" * 20164
+    code, text = code_of(lambda: inference.Detokenize(stubs.sfumato.DetokenizeRequest(tokens=[2] * 20165)))
+    assert code == Code.INVALID_ARGUMENT and "262144" in text
     pieces = inference.Tokenize(stubs.sfumato.TokenizeRequest(prompt=b"12 + 30", return_token_strs=True))
     assert b"".join(pieces.token_strs) == b"12 + 30"
 
