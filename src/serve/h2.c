@@ -31,7 +31,7 @@ enum {
     STREAM_WINDOW_BYTES = 1 << 20,
     CONNECTION_WINDOW_BYTES = 8 << 20,
     OUTPUT_BYTES_MAX = 64 * 1024, /* in the socket's buffer; the rest stays in the streams */
-    UPLOADS_MAX = 8,              /* unfinished messages in memory, in largest messages */
+    UPLOADS_MAX = 8, /* unfinished messages in memory, in largest ones: then the oldest goes */
     CONTINUATIONS_MAX = 8,
     RESETS_BURST = 1000,
     RESETS_PER_SECOND = 200,

@@ -74,7 +74,8 @@ enum status h2_open(const struct h2_options *options, const struct h2_handler *h
 int h2_port(const h2 *h);
 /* GOAWAY now, and again with the last stream once the peer has seen it; streams go on. */
 void h2_drain(h2 *h);
-/* Answers that are not written yet. Streams without an end are not waited for. */
+/* Answers that are not written yet. Streams without an end are not waited for, nor is a peer that
+ * never said a word. */
 bool h2_busy(const h2 *h);
 void h2_close(h2 *h);
 
