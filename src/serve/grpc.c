@@ -312,11 +312,7 @@ static enum status front_open(const struct front_site *site, void **state) {
 static int front_port(const void *state) { return h2_port(((const struct grpc *)state)->h2); }
 static void front_drain(void *state) { h2_drain(((struct grpc *)state)->h2); }
 
-/* Whoever waits for tokens has no call that a drain would wait for. */
-static bool front_busy(const void *state) {
-    const struct grpc *g = state;
-    return g->making_count > 0 || h2_busy(g->h2);
-}
+static bool front_busy(const void *state) { return h2_busy(((const struct grpc *)state)->h2); }
 
 static void front_close(void *state) {
     struct grpc *g = state;

@@ -66,7 +66,6 @@ struct grpc {
     struct tls *tls;
     h2 *h2;
     struct rpc *watches;
-    int making_count;           /* rpcs that wait for a prompt job */
     struct json_writer scratch; /* one message being packed */
 };
 

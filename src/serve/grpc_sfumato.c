@@ -229,13 +229,11 @@ void grpc_tokens_forget(struct rpc *r) {
     if (!r->making) return;
     prompts_cancel(r->making);
     r->making = NULL;
-    r->front->making_count--;
 }
 
 static void on_made(void *user, const struct prompt_made *made, const struct refused *why) {
     struct rpc *r = user;
     r->making = NULL;
-    r->front->making_count--;
     if (made) {
         reply_tokens(r, made);
     } else {
@@ -268,7 +266,6 @@ static enum status read_text(struct rpc *r, const struct body_facts *facts, cons
         goto out;
     }
     TRY_GOTO(prompts_start(service_prompter(r->site->service), &o, on_made, r, &r->making), out);
-    r->front->making_count++;
     grpc_start_deadline(r);
 out:
     prompt_order_fini(&o);

@@ -201,7 +201,7 @@ void text_detokenize(struct exchange *x) {
     json_writer_init(&w);
     TRY_GOTO(read_object(x, facts, &root), out);
     TRY_GOTO(read_ids(facts, root, &ids, &count), out);
-    TRY_GOTO(tokenizer_decode(facts->tokenizer, ids, count, false, &text, &n), out);
+    TRY_GOTO(body_decode(facts, ids, count, &text, &n), out);
     write_prompt(text, n, &w);
     http_reply_json(x, 200, &w);
 out:
