@@ -290,6 +290,16 @@ static void test_refusals(void) {
     begin_llama(&w);
     gguf_key_u32(&w, "llama.attention.key_length", 15);
     check_refused(&w, folder, "head size 15");
+    /* no key_length: the head size is 4096 / 4, and rope_freqs.weight fits it */
+    static const float divisors[512];
+    gguf_key_text(&w, "general.architecture", "llama");
+    gguf_key_u32(&w, "llama.block_count", 1);
+    gguf_key_u32(&w, "llama.embedding_length", 4096);
+    gguf_key_u32(&w, "llama.feed_forward_length", 64);
+    gguf_key_u32(&w, "llama.attention.head_count", 4);
+    gguf_key_u32(&w, "llama.context_length", 512);
+    gguf_tensor(&w, "rope_freqs.weight", 0, 0, 512, divisors, sizeof divisors);
+    check_refused(&w, folder, "a head has at most 512");
     begin_llama(&w);
     gguf_key_f32(&w, "llama.rope.freq_base", NAN);
     check_refused(&w, folder, "llama.rope.freq_base must be a number");

@@ -177,6 +177,10 @@ static enum status read_sizes(const struct reader *r, struct model_config *c) {
     }
     TRY(read_int(r, "attention.key_length", 1, CONFIG_HEAD_DIM_MAX, c->hidden / c->heads,
                  &c->head_dim));
+    if (c->head_dim > CONFIG_HEAD_DIM_MAX) { /* worked out, not read: not checked yet */
+        return fail(STATUS_MODEL, "%d columns for %d heads: a head has at most %d", c->hidden,
+                    c->heads, CONFIG_HEAD_DIM_MAX);
+    }
     TRY(read_int(r, "attention.value_length", 1, CONFIG_HEAD_DIM_MAX, c->head_dim, &value_length));
     TRY(read_int(r, "rope.dimension_count", 1, CONFIG_HEAD_DIM_MAX, c->head_dim, &rotated));
     if (value_length != c->head_dim || rotated != c->head_dim) {
@@ -206,6 +210,7 @@ static enum status read_rope_freqs(const struct reader *r, struct model_config *
     float divisors[CONFIG_HEAD_DIM_MAX / 2];
     bool plain = true;
     if (!e) return STATUS_OK;
+    ASSERT_LE(c->head_dim, CONFIG_HEAD_DIM_MAX); /* read_sizes saw to it: divisors has room */
     if (e->rows != 1 || e->cols != c->head_dim / 2 || e->type != dequant_find_name("F32")) {
         return fail(STATUS_MODEL, "rope_freqs.weight must be %d F32 numbers", c->head_dim / 2);
     }

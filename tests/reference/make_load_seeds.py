@@ -97,6 +97,14 @@ def make_gguf():
     put("gguf", "nested_array", b"GGUF" + struct.pack("<IQQQ", 3, 0, 1, 1) + b"k" + struct.pack("<IIQ", 9, 9, 1 << 40))
     put("gguf", "big_endian", b"GGUF" + struct.pack(">IQQ", 3, 0, 0))
     put("gguf", "empty", b"")
+    # no key_length: heads of 65536 / 4, with as many RoPE divisors
+    sizes = {"block_count": 1, "embedding_length": 65536, "feed_forward_length": 64, "attention.head_count": 4,
+             "context_length": 128}
+    text = lambda s: struct.pack("<Q", len(s)) + s.encode()
+    head = b"GGUF" + struct.pack("<IQQ", 3, 1, 1 + len(sizes)) + text("general.architecture") + struct.pack("<I", 8)
+    head += text("llama") + b"".join(text("llama." + k) + struct.pack("<II", 4, v) for k, v in sizes.items())
+    head += text("rope_freqs.weight") + struct.pack("<IQIQ", 1, 8192, 0, 0)
+    put("gguf", "wide_heads", head + bytes(-len(head) % 32 + 4 * 8192))
 
 
 def make_config():
