@@ -12,11 +12,13 @@
 #include "cmd/host.h"
 #include "load/gguf.h"
 
-/* tokenizer_config.json's chat_template: a string, or a list of named ones ("default" counts). */
+/* tokenizer_config.json's chat_template: a string, or a list of named ones ("default" counts). Read as
+ * leniently as in tokenizer_open_json, which refuses the model where this fails: model_max_length may be
+ * 10^30. */
 static char *template_from_config(const char *config, size_t n) {
-    json_t *root = NULL;
+    json_error_t error;
+    json_t *root = config ? json_loadb(config, n, JSON_DECODE_INT_AS_REAL, &error) : NULL;
     char *found = NULL;
-    if (!config || json_load_text(config, n, STATUS_MODEL, &root) != STATUS_OK) return NULL;
     const json_t *value = json_object_get(root, "chat_template");
     for (size_t i = 0; json_is_array(value) && i < json_array_size(value); i++) {
         const json_t *entry = json_array_get(value, i);

@@ -37,6 +37,14 @@ def test_tokenize_chat():
     assert generate([chat("hi", max_tokens=1)]).lines[0]["prompt_tokens"] == len(line["ids"])
 
 
+def test_tokenize_chat_of_a_config_without_length_limit(broken):
+    """transformers writes int(1e30) for no limit: the template beside it counts all the same."""
+    config = json.loads((TINY / "tokenizer_config.json").read_text())
+    config |= {"model_max_length": int(1e30), "chat_template": "{{ messages[0].content }}!"}
+    folder = broken(**{"tokenizer_config.json": json.dumps(config).encode()})
+    assert launch("tokenize", "--chat", "--quiet", stdin=[chat("hi")], model=folder).lines[0]["text"] == "hi!"
+
+
 def test_tokenize_bad_lines():
     result = launch("tokenize", "--decode", "--quiet", stdin=[{"ids": [0]}, {"ids": [10**6]}, {"ids": "x"}, {"ids": [0], "skip": True}])
     assert result.status == 1 and ["error" in line for line in result.lines] == [False, True, True, True]
