@@ -51,7 +51,7 @@ static void test_random(void) {
         const utf8proc_ssize_t want_n =
             utf8proc_map(text, n, &want, (utf8proc_option_t)(forms[f].options | UTF8PROC_STABLE));
         CU_ASSERT_FATAL(want_n > 0);
-        CU_ASSERT_EQUAL(normalizer_run(z[f], (const char *)text, (size_t)n, &out), STATUS_OK);
+        CU_ASSERT_EQUAL(normalizer_run(z[f], (const char *)text, (size_t)n, NULL, &out), STATUS_OK);
         CU_ASSERT(out.n == (size_t)want_n && memcmp(out.bytes, want, out.n) == 0);
         free(want);
     }
@@ -76,10 +76,10 @@ static void test_long_runs(void) {
         memcpy(want + 2 + 2 * i, grave, 2);
         if (i > 0) memcpy(want + 2 * (N + i), acute, 2);
     }
-    CU_ASSERT_EQUAL(normalizer_run(z, text, 1 + 4 * N, &out), STATUS_OK);
+    CU_ASSERT_EQUAL(normalizer_run(z, text, 1 + 4 * N, NULL, &out), STATUS_OK);
     CHECK_EQ(out.n, 4 * N);
     CU_ASSERT(memcmp(out.bytes, want, 4 * N) == 0);
-    CU_ASSERT_EQUAL(normalizer_run(z, "\xCC\x81\xFF", 3, &out), STATUS_REQUEST);
+    CU_ASSERT_EQUAL(normalizer_run(z, "\xCC\x81\xFF", 3, NULL, &out), STATUS_REQUEST);
     normalizer_free(z);
     free(out.bytes);
     free(text);

@@ -7,6 +7,7 @@
 #include "c_text.h"
 #include "text/added.h"
 #include "text/pretokenize.h"
+#include "text/regex.h"
 #include "text/tokenizer_build.h"
 #include "text/utf8.h"
 
@@ -104,9 +105,11 @@ static void check_split(enum split_behavior behavior, const char *want) {
     pretokenizer *p = NULL;
     pretokenize_scratch *s = NULL;
     struct pieces pieces = {{0}};
+    struct regex_budget budget;
+    regex_budget_init(&budget, 20);
     CHECK_EQ(pretokenizer_new(&p), STATUS_OK);
     CHECK_EQ(pretokenizer_add_split(p, "-", 1, true, behavior, false), STATUS_OK);
-    CHECK_EQ(pretokenize_scratch_new(p, &s), STATUS_OK);
+    CHECK_EQ(pretokenize_scratch_new(p, &budget, &s), STATUS_OK);
     CHECK_EQ(pretokenize_run(p, s, "the-final--countdown", 20, join_piece, &pieces), STATUS_OK);
     CHECK_STR(pieces.text, want);
     pretokenize_scratch_free(s);
@@ -585,21 +588,60 @@ static void test_refused(void) {
     CHECK_EQ(open_text("{\"model\":{\"type\":\"BPE\",\"vocab\":{},\"merges\":[]}}"), STATUS_MODEL);
 }
 
-/* A pattern that backtracks for ever gives up, in time, as this request's failure. */
-static void test_hostile_pattern(void) {
+/* x behind every `run` letters a. */
+static void check_gives_up(const char *change, size_t n, size_t run, const char *named) {
     json_error_t error;
-    json_t *c = json_loads(SPLIT("(a+)+(?:b|c)"), 0, &error);
+    json_t *c = json_loads(change, 0, &error);
+    CU_ASSERT_PTR_NOT_NULL_FATAL(c);
     tokenizer *t = NULL;
     CHECK_EQ(open_varied(c, &t), STATUS_OK);
-    char text[3001];
-    memset(text, 'a', 3000);
+    char *text = malloc(n);
+    for (size_t i = 0; i < n; i++) text[i] = i % (run + 1) == run ? 'x' : 'a';
     uint32_t *ids = NULL;
     size_t count = 0;
     const double start = seconds();
-    CHECK_EQ(tokenizer_encode(t, text, 3000, false, &ids, &count), STATUS_REQUEST);
-    CU_ASSERT(seconds() - start < 10);
+    CHECK_EQ(tokenizer_encode(t, text, n, false, &ids, &count), STATUS_REQUEST);
+    CU_ASSERT(seconds() - start < 20);
+    if (strstr(fail_text(), named) == NULL) printf("\n    \"%s\", not %s\n", fail_text(), named);
+    CU_ASSERT(strstr(fail_text(), named) != NULL);
+    free(text);
     tokenizer_close(t);
     json_decref(c);
+}
+
+/* Patterns that go on for ever give up, in time, as this request's failure: one that backtracks at its
+ * first start, one that does so at every start but never too much, and one that only looks far ahead. */
+static void test_hostile_pattern(void) {
+    check_gives_up(SPLIT("(a+)+(?:b|c)"), 3000, 3000, "match limit");
+    check_gives_up(SPLIT("a{0,1000}a{0,1000}a{0,1000}[bc]"), 100000, 150, "too long");
+    check_gives_up(SPLIT("\\\\p{L}+\\\\p{N}"), 1000000, 1000000, "too long");
+    check_gives_up(
+        "{\"set\":{\"normalizer\":{\"type\":\"Replace\",\"pattern\":{\"Regex\":"
+        "\"\\\\p{L}(?=\\\\p{L}*)\"},\"content\":\"b\"}}}",
+        100000, 100000, "too long");
+}
+
+/* Characters with a mark at every distance, so that searches go on in the middle of one. */
+static void test_far_matches(void) {
+    regex *r = NULL;
+    regex_match *m = NULL;
+    struct regex_budget budget;
+    char text[400];
+    CHECK_EQ(regex_new("(?<=\xE2\x82\xAC)x|^y", 12, false, &r), STATUS_OK);
+    regex_budget_init(&budget, sizeof text);
+    CHECK_EQ(regex_match_new(r, &budget, &m), STATUS_OK);
+    for (size_t k = 1; k < 130; k++) {
+        size_t begin = 0, end = 0;
+        bool found = false;
+        for (size_t i = 0; i < k; i++) memcpy(text + 3 * i, "\xE2\x82\xAC", 3);
+        memcpy(text + 3 * k, "xy", 2);
+        CHECK_EQ(regex_next(r, m, text, 3 * k + 2, 0, SIZE_MAX, &found, &begin, &end), STATUS_OK);
+        CU_ASSERT(found && begin == 3 * k && end == 3 * k + 1);
+        CHECK_EQ(regex_next(r, m, text, 3 * k + 2, end, end, &found, &begin, &end), STATUS_OK);
+        CU_ASSERT(!found);
+    }
+    regex_match_free(m);
+    regex_free(r);
 }
 
 static void *encode_in_thread(void *sum) {
@@ -640,6 +682,7 @@ const struct suite_case suite_cases[] = {
     {"bad text", test_bad_text},
     {"what is not supported is refused by name", test_refused},
     {"a hostile pattern gives up", test_hostile_pattern},
+    {"a match behind many characters", test_far_matches},
     {"one tokenizer, eight threads", test_threads},
     {NULL, NULL},
 };

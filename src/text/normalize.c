@@ -164,11 +164,12 @@ out:
     return status;
 }
 
-static enum status run_replace(const struct step *s, struct text_buffer *text) {
+static enum status run_replace(const struct step *s, struct regex_budget *budget,
+                               struct text_buffer *text) {
     enum status status = STATUS_OK;
     struct text_buffer out = {0};
     regex_match *match = NULL;
-    TRY_GOTO(regex_match_new(s->pattern, &match), out);
+    TRY_GOTO(regex_match_new(s->pattern, budget, &match), out);
     size_t at = 0, last_end = SIZE_MAX;
     for (;;) {
         bool found;
@@ -192,14 +193,14 @@ out:
 }
 
 enum status normalizer_run(const normalizer *z, const char *text, size_t n,
-                           struct text_buffer *out) {
+                           struct regex_budget *budget, struct text_buffer *out) {
     out->n = 0;
     TRY(text_add(out, text, n));
     for (int i = 0; i < z->count; i++) {
         const struct step *s = &z->steps[i];
         if (out->n == 0) continue;
         if (s->kind == STEP_FORM) TRY(run_form(s->form, out));
-        if (s->kind == STEP_REPLACE) TRY(run_replace(s, out));
+        if (s->kind == STEP_REPLACE) TRY(run_replace(s, budget, out));
         if (s->kind == STEP_PREPEND) {
             TRY(text_reserve(out, s->content.n));
             memmove(out->bytes + s->content.n, out->bytes, out->n);

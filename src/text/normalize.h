@@ -12,6 +12,7 @@
 #include "text/utf8.h"
 
 typedef struct normalizer normalizer;
+struct regex_budget; /* regex.h */
 
 enum normal_form { NORMAL_NFC, NORMAL_NFD, NORMAL_NFKC, NORMAL_NFKD };
 
@@ -23,8 +24,9 @@ enum status normalizer_add_prepend(normalizer *z, const char *text, size_t n);
 enum status normalizer_add_replace(normalizer *z, const char *pattern, size_t n, bool literal,
                                    const char *content, size_t content_n);
 
-/* out->bytes[0..out->n) = the normalized text; the buffer is reused from call to call. */
+/* out->bytes[0..out->n) = the normalized text; the buffer is reused from call to call. STATUS_REQUEST
+ * when a pattern gives up. */
 enum status normalizer_run(const normalizer *z, const char *text, size_t n,
-                           struct text_buffer *out);
+                           struct regex_budget *budget, struct text_buffer *out);
 
 #endif

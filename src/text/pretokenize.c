@@ -83,12 +83,13 @@ enum status pretokenizer_add_byte_level(pretokenizer *p, bool add_prefix_space, 
     return add_step(p, STEP_BYTES, &s);
 }
 
-enum status pretokenize_scratch_new(const pretokenizer *p, pretokenize_scratch **out) {
+enum status pretokenize_scratch_new(const pretokenizer *p, struct regex_budget *budget,
+                                    pretokenize_scratch **out) {
     pretokenize_scratch *s = *out = calloc(1, sizeof *s);
     if (s == NULL) return fail(STATUS_MEMORY, "no memory to tokenize");
     for (int i = 0; i < p->count; i++) {
         if (p->steps[i].kind != STEP_SPLIT) continue;
-        const enum status status = regex_match_new(p->steps[i].pattern, &s->matches[i]);
+        const enum status status = regex_match_new(p->steps[i].pattern, budget, &s->matches[i]);
         if (status == STATUS_OK) continue;
         pretokenize_scratch_free(s);
         *out = NULL;

@@ -20,6 +20,7 @@
 
 typedef struct pretokenizer pretokenizer;
 typedef struct pretokenize_scratch pretokenize_scratch;
+struct regex_budget; /* regex.h */
 
 enum split_behavior {
     SPLIT_ISOLATED,             /* matches and gaps are pieces */
@@ -38,7 +39,9 @@ enum status pretokenizer_add_split(pretokenizer *p, const char *pattern, size_t 
                                    enum split_behavior behavior, bool invert);
 enum status pretokenizer_add_byte_level(pretokenizer *p, bool add_prefix_space, bool use_regex);
 
-enum status pretokenize_scratch_new(const pretokenizer *p, pretokenize_scratch **out);
+/* The budget is that of all texts the scratch is used for, and outlives it. */
+enum status pretokenize_scratch_new(const pretokenizer *p, struct regex_budget *budget,
+                                    pretokenize_scratch **out);
 void pretokenize_scratch_free(pretokenize_scratch *s);
 
 /* Calls sink for every piece, in order; stops at its first status that is not OK. */

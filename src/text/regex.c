@@ -6,14 +6,21 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 
 #include "text/regex_unicode.h"
 #include "text/utf8.h"
 
 enum {
     PATTERN_BYTES_MAX = 1 << 16,
-    STEP_LIMIT = 10 * 1000 * 1000, /* of one match, beside some steps for each byte of the text */
+    STEP_LIMIT = 1000 * 1000, /* at one start, beside some steps for each byte of the text */
     STEPS_PER_BYTE = 8,
+    /* The time is looked at after so many starts, and before a start goes on beyond so many steps. */
+    STARTS_PER_CALL = 16, /* a power of two */
+    STEPS_PER_CALL = 4096,
+    SLOW_NS = 10 * 1000 * 1000, /* a call that takes this long: one start a call for a while */
+    BUDGET_NS = 2000 * 1000 * 1000,
+    BUDGET_NS_PER_BYTE = 2000,
     HEAP_LIMIT_KIB = 64 * 1024,
     JIT_STACK_MIN = 64 * 1024,
     JIT_STACK_MAX = 1024 * 1024,
@@ -27,6 +34,8 @@ struct regex_match {
     pcre2_match_data *data;
     pcre2_match_context *context;
     pcre2_jit_stack *stack;
+    struct regex_budget *budget;
+    size_t starts; /* bytes of the text that the next call tries */
 };
 
 /* --- Oniguruma -> PCRE2 ---------------------------------------------------------------------- */
@@ -322,8 +331,8 @@ enum status regex_new(const char *pattern, size_t n, bool literal, regex **out) 
     int error;
     PCRE2_SIZE offset;
     const uint32_t options =
-        literal ? PCRE2_LITERAL | PCRE2_UTF
-                : PCRE2_UTF | PCRE2_UCP | PCRE2_MULTILINE | PCRE2_NEVER_BACKSLASH_C;
+        PCRE2_UTF | PCRE2_USE_OFFSET_LIMIT |
+        (literal ? PCRE2_LITERAL : PCRE2_UCP | PCRE2_MULTILINE | PCRE2_NEVER_BACKSLASH_C);
     r->code = pcre2_compile((PCRE2_SPTR)(t.out.n == 0 ? "" : t.out.bytes), t.out.n, options, &error,
                             &offset, NULL);
     if (r->code == NULL) {
@@ -348,7 +357,26 @@ void regex_free(regex *r) {
     free(r);
 }
 
-enum status regex_match_new(const regex *r, regex_match **out) {
+static int64_t read_clock(clockid_t clock) {
+    struct timespec t;
+    clock_gettime(clock, &t);
+    return t.tv_sec * (int64_t)1000000000 + t.tv_nsec;
+}
+
+void regex_budget_init(struct regex_budget *b, size_t text_n) {
+    b->left_ns = BUDGET_NS + BUDGET_NS_PER_BYTE * (int64_t)text_n;
+    b->cpu_end_ns = read_clock(CLOCK_THREAD_CPUTIME_ID) + b->left_ns;
+}
+
+static enum status spend(struct regex_budget *b, int64_t ns) {
+    b->left_ns -= ns;
+    if (b->left_ns > 0) return STATUS_OK;
+    b->left_ns = b->cpu_end_ns - read_clock(CLOCK_THREAD_CPUTIME_ID);
+    if (b->left_ns > 0) return STATUS_OK;
+    return fail(STATUS_REQUEST, "the tokenizer's pattern takes too long on this text");
+}
+
+enum status regex_match_new(const regex *r, struct regex_budget *budget, regex_match **out) {
     *out = NULL;
     regex_match *m = calloc(1, sizeof *m);
     if (m == NULL) return fail(STATUS_MEMORY, "no memory to tokenize");
@@ -359,6 +387,8 @@ enum status regex_match_new(const regex *r, regex_match **out) {
         return fail(STATUS_MEMORY, "no memory to tokenize");
     }
     pcre2_set_heap_limit(m->context, HEAP_LIMIT_KIB);
+    m->budget = budget;
+    m->starts = 1;
     *out = m;
     return STATUS_OK;
 }
@@ -392,10 +422,31 @@ enum status regex_next(const regex *r, regex_match *m, const char *text, size_t 
                        size_t last_end, bool *found, size_t *begin, size_t *end) {
     *found = false;
     /* long white space honestly takes a step or two a byte */
-    pcre2_set_match_limit(m->context, (uint32_t)(STEP_LIMIT + STEPS_PER_BYTE * n));
+    const uint32_t most_steps = (uint32_t)(STEP_LIMIT + STEPS_PER_BYTE * n);
+    uint32_t steps = STEPS_PER_CALL;
     while (from <= n) {
-        int rc = match_once(r, m, text, n, from);
-        if (rc == PCRE2_ERROR_NOMATCH) return STATUS_OK;
+        const bool last = n - from < m->starts;
+        const size_t last_start = last ? n : from + m->starts - 1;
+        pcre2_set_match_limit(m->context, steps);
+        pcre2_set_offset_limit(m->context, last_start);
+        /* a clock of milliseconds: cheap, and its ticks fall into short calls as often as they should */
+        const int64_t begin_ns = read_clock(CLOCK_MONOTONIC_COARSE);
+        const int rc = match_once(r, m, text, n, from);
+        const int64_t taken_ns = read_clock(CLOCK_MONOTONIC_COARSE) - begin_ns;
+        TRY(spend(m->budget, taken_ns));
+        if (m->starts < STARTS_PER_CALL) m->starts *= 2;
+        if (taken_ns >= SLOW_NS) m->starts = 1;
+        if (rc == PCRE2_ERROR_MATCHLIMIT && steps < most_steps) {
+            steps = most_steps / 8 < steps ? most_steps : 8 * steps;
+            continue;
+        }
+        if (rc == PCRE2_ERROR_NOMATCH) {
+            if (last) return STATUS_OK;
+            from = last_start + 1;
+            while (from < n && ((uint8_t)text[from] & 0xC0) == 0x80) from++;
+            steps = STEPS_PER_CALL;
+            continue;
+        }
         if (rc < 0) {
             PCRE2_UCHAR why[120];
             pcre2_get_error_message(rc, why, sizeof why);

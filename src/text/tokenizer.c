@@ -12,6 +12,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "text/regex.h"
 #include "text/tokenizer_build.h"
 #include "text/utf8.h"
 
@@ -20,6 +21,7 @@ enum { CACHE_FROM_BYTES = 4096 };
 struct encoding {
     const tokenizer *t;
     struct bpe_scratch bpe;
+    struct regex_budget budget;
     pretokenize_scratch *pretokenize;
     struct text_buffer normalized;
     struct id_list ids;
@@ -32,7 +34,7 @@ static enum status encode_piece(void *context, const char *piece, size_t n) {
 
 /* A stretch without raw added tokens. */
 static enum status encode_stretch(struct encoding *e, const char *text, size_t n) {
-    TRY(normalizer_run(e->t->normalizer, text, n, &e->normalized));
+    TRY(normalizer_run(e->t->normalizer, text, n, &e->budget, &e->normalized));
     struct added_scan scan = {0};
     struct added_span span;
     while (added_next(e->t->normalized, e->normalized.bytes, e->normalized.n, &scan, &span)) {
@@ -70,7 +72,8 @@ enum status tokenizer_encode(const tokenizer *t, const char *text, size_t n, boo
     enum status status = STATUS_OK;
     struct encoding e = {.t = t};
     if (n >= CACHE_FROM_BYTES) bpe_scratch_use_cache(&e.bpe);
-    TRY_GOTO(pretokenize_scratch_new(t->pretokenizer, &e.pretokenize), out);
+    regex_budget_init(&e.budget, n);
+    TRY_GOTO(pretokenize_scratch_new(t->pretokenizer, &e.budget, &e.pretokenize), out);
     for (int i = 0; add_special && i < t->before_count; i++)
         TRY_GOTO(id_list_add(&e.ids, t->before[i]), out);
     TRY_GOTO(encode_text(&e, text, n), out);

@@ -59,7 +59,8 @@ void tokenizer_close(tokenizer *t);
 int tokenizer_vocab_count(const tokenizer *t);
 
 /* ids as `encode(text, add_special_tokens = add_special)`. *ids is malloc'ed (the caller frees).
- * STATUS_REQUEST when the text is not UTF-8 or longer than TOKENIZER_TEXT_BYTES_MAX. */
+ * STATUS_REQUEST when the text is not UTF-8 or longer than TOKENIZER_TEXT_BYTES_MAX, or when one of the
+ * tokenizer's patterns takes too long on it (regex.h). */
 enum status tokenizer_encode(const tokenizer *t, const char *text, size_t n, bool add_special,
                              uint32_t **ids, size_t *count);
 

@@ -5,6 +5,7 @@
 #include <string.h>
 
 #include "base/log.h"
+#include "text/regex.h"
 #include "text/utf8.h"
 
 enum { ADDED_COUNT_MAX = 1 << 20 };
@@ -131,11 +132,13 @@ static enum status decode_piece(tokenizer *t, const char *text, size_t n,
 static enum status finish_entries(tokenizer *t) {
     enum status status = STATUS_OK;
     struct text_buffer text = {0};
+    struct regex_budget budget;
+    regex_budget_init(&budget, 0);
     for (size_t i = 0; i < t->entry_count; i++) {
         const struct added_entry *e = &t->entries[i];
         struct added_token token = {e->text, e->n, e->id, e->single_word, e->lstrip, e->rstrip};
         if (e->normalized) {
-            TRY_GOTO(normalizer_run(t->normalizer, e->text, e->n, &text), out);
+            TRY_GOTO(normalizer_run(t->normalizer, e->text, e->n, &budget, &text), out);
             token.n = text.n;
             token.text = arena_strndup(&t->arena, text.n == 0 ? "" : text.bytes, text.n);
             if (token.text == NULL) {
@@ -149,7 +152,7 @@ static enum status finish_entries(tokenizer *t) {
     }
 out:
     free(text.bytes);
-    return status;
+    return status == STATUS_REQUEST ? fail_prefix(STATUS_MODEL, "tokenizer: added tokens") : status;
 }
 
 static enum status check_frame(const tokenizer *t, const uint32_t *ids, int count) {
