@@ -5,6 +5,7 @@
 #include "base/check.h"
 #include "suite.h"
 #include "text/normalize.h"
+#include "text/regex.h"
 
 static const struct {
     enum normal_form form;
@@ -86,8 +87,33 @@ static void test_long_runs(void) {
     free(want);
 }
 
+/* One letter becomes a mebibyte: 64 of them are as much as a text may have. */
+static void test_growth(void) {
+    enum { MIB = 1 << 20 };
+    char letters[65], *content = malloc(MIB);
+    struct text_buffer out = {0};
+    struct regex_budget budget;
+    normalizer *z = NULL;
+    CU_ASSERT_FATAL(content != NULL);
+    memset(letters, 'a', sizeof letters);
+    memset(content, 'b', MIB);
+    CU_ASSERT_EQUAL_FATAL(normalizer_new(&z), STATUS_OK);
+    CU_ASSERT_EQUAL(normalizer_add_replace(z, "a", 1, true, content, MIB), STATUS_OK);
+    regex_budget_init(&budget, sizeof letters);
+    CU_ASSERT_EQUAL(normalizer_run(z, letters, 64, &budget, &out), STATUS_OK);
+    CHECK_EQ(out.n, 64 * MIB);
+    CU_ASSERT_EQUAL(normalizer_run(z, letters, 65, &budget, &out), STATUS_REQUEST);
+    CU_ASSERT_EQUAL(normalizer_add_prepend(z, content, MIB), STATUS_OK);
+    CU_ASSERT_EQUAL(normalizer_run(z, letters, 63, &budget, &out), STATUS_OK);
+    CU_ASSERT_EQUAL(normalizer_run(z, letters, 64, &budget, &out), STATUS_REQUEST);
+    normalizer_free(z);
+    free(out.bytes);
+    free(content);
+}
+
 const struct suite_case suite_cases[] = {
     {"the four forms as utf8proc has them", test_random},
     {"long runs of marks in linear time", test_long_runs},
+    {"text that grows has a limit", test_growth},
     {NULL, NULL},
 };

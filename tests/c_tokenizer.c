@@ -349,6 +349,36 @@ static tokenizer *open_as_parts(int index, const char *pre, int bos, bool add_bo
     return t;
 }
 
+/* The text of ids has a limit as the text of a request has one: a piece may be long. */
+static void test_decode_limit(void) {
+    enum { MIB = 1 << 20 };
+    char *piece = malloc(MIB), *text = NULL;
+    CU_ASSERT_PTR_NOT_NULL_FATAL(piece);
+    memset(piece, 'x', MIB);
+    const struct tokenizer_string tokens[] = {{"a", 1}, {"b", 1}, {"ab", 2}, {piece, MIB}};
+    const struct tokenizer_string merges[] = {{"a b", 3}};
+    const struct tokenizer_parts p = {.tokens = tokens,
+                                      .vocab_count = 4,
+                                      .merges = merges,
+                                      .merge_count = 1,
+                                      .model = "gpt2",
+                                      .pre = "gpt-2",
+                                      .bos_id = -1,
+                                      .eos_id = -1};
+    tokenizer *t = NULL;
+    uint32_t ids[65];
+    size_t n = 0;
+    for (int i = 0; i < 65; i++) ids[i] = i == 64 ? 0 : 3;
+    CHECK_EQ(tokenizer_open_parts(&p, &t), STATUS_OK);
+    CHECK_EQ(tokenizer_decode(t, ids, 64, false, &text, &n), STATUS_OK);
+    CHECK_EQ(n, TOKENIZER_TEXT_BYTES_MAX);
+    free(text);
+    CHECK_EQ(tokenizer_decode(t, ids, 65, false, &text, &n), STATUS_REQUEST);
+    CU_ASSERT(text == NULL);
+    tokenizer_close(t);
+    free(piece);
+}
+
 static const char *parts_name;
 static void each_parts(const json_t *line) {
     if (strcmp(get_text(line, "tokenizer"), parts_name) != 0) return;
@@ -568,6 +598,9 @@ static void test_refused(void) {
                   "Whitespace");
     check_refused(PRE("{\"type\":\"Split\",\"behavior\":\"Odd\",\"pattern\":{\"String\":\"a\"}}"),
                   "Odd");
+    check_refused(PRE("{\"type\":\"Sequence\",\"pretokenizers\":[{\"type\":\"ByteLevel\"},"
+                      "{\"type\":\"ByteLevel\"}]}"),
+                  "two ByteLevel");
     check_refused(SPLIT("(a"), "compile");
     check_refused(SPLIT("[a&&b]"), "intersection");
     check_refused(SPLIT("[a[b]]"), "class inside");
@@ -673,6 +706,7 @@ const struct suite_case suite_cases[] = {
     {"added tokens: single words, stripping", test_added},
     {"ids and text as Hugging Face tokenizers gives", test_golden},
     {"decoding of cut and invalid characters", test_golden_decode},
+    {"decoding has a limit", test_decode_limit},
     {"every option of tokenizer.json", test_options},
     {"the same ids from a GGUF file's arrays", test_parts},
     {"GGUF arrays that are refused", test_parts_refused},

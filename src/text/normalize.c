@@ -65,6 +65,13 @@ enum status normalizer_add_replace(normalizer *z, const char *pattern, size_t n,
     return regex_new(pattern, n, literal, &s->pattern);
 }
 
+static enum status add_bounded(struct text_buffer *b, const char *bytes, size_t n) {
+    if (n > NORMALIZED_BYTES_MAX - b->n)
+        return fail(STATUS_REQUEST, "the normalized text has more than %d bytes",
+                    NORMALIZED_BYTES_MAX);
+    return text_add(b, bytes, n);
+}
+
 static bool is_ascii(const char *s, size_t n) {
     uint8_t any = 0;
     for (size_t i = 0; i < n; i++) any |= (uint8_t)s[i];
@@ -158,7 +165,7 @@ static enum status run_form(enum normal_form form, struct text_buffer *text) {
     if (n < 0)
         TRY_GOTO(fail(STATUS_MEMORY, "cannot normalize the text: %s", utf8proc_errmsg(n)), out);
     text->n = 0;
-    status = text_add(text, (const char *)codes.at, (size_t)n);
+    status = add_bounded(text, (const char *)codes.at, (size_t)n);
 out:
     free(codes.at);
     return status;
@@ -178,11 +185,11 @@ static enum status run_replace(const struct step *s, struct regex_budget *budget
             regex_next(s->pattern, match, text->bytes, text->n, at, last_end, &found, &begin, &end),
             out);
         if (!found) break;
-        TRY_GOTO(text_add(&out, text->bytes + at, begin - at), out);
-        TRY_GOTO(text_add(&out, s->content.bytes, s->content.n), out);
+        TRY_GOTO(add_bounded(&out, text->bytes + at, begin - at), out);
+        TRY_GOTO(add_bounded(&out, s->content.bytes, s->content.n), out);
         at = last_end = end;
     }
-    TRY_GOTO(text_add(&out, text->bytes + at, text->n - at), out);
+    TRY_GOTO(add_bounded(&out, text->bytes + at, text->n - at), out);
     const struct text_buffer old = *text;
     *text = out;
     out = old;
@@ -190,6 +197,13 @@ out:
     regex_match_free(match);
     free(out.bytes);
     return status;
+}
+
+static enum status run_prepend(const struct step *s, struct text_buffer *text) {
+    TRY(add_bounded(text, s->content.bytes, s->content.n)); /* room for it */
+    memmove(text->bytes + s->content.n, text->bytes, text->n - s->content.n);
+    memcpy(text->bytes, s->content.bytes, s->content.n);
+    return STATUS_OK;
 }
 
 enum status normalizer_run(const normalizer *z, const char *text, size_t n,
@@ -201,12 +215,7 @@ enum status normalizer_run(const normalizer *z, const char *text, size_t n,
         if (out->n == 0) continue;
         if (s->kind == STEP_FORM) TRY(run_form(s->form, out));
         if (s->kind == STEP_REPLACE) TRY(run_replace(s, budget, out));
-        if (s->kind == STEP_PREPEND) {
-            TRY(text_reserve(out, s->content.n));
-            memmove(out->bytes + s->content.n, out->bytes, out->n);
-            memcpy(out->bytes, s->content.bytes, s->content.n);
-            out->n += s->content.n;
-        }
+        if (s->kind == STEP_PREPEND) TRY(run_prepend(s, out));
     }
     return STATUS_OK;
 }

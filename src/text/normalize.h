@@ -14,6 +14,9 @@
 typedef struct normalizer normalizer;
 struct regex_budget; /* regex.h */
 
+/* As much as a text may have (TOKENIZER_TEXT_BYTES_MAX): a few steps of Replace can make any text long. */
+enum { NORMALIZED_BYTES_MAX = 64 << 20 };
+
 enum normal_form { NORMAL_NFC, NORMAL_NFD, NORMAL_NFKC, NORMAL_NFKD };
 
 enum status normalizer_new(normalizer **out);
@@ -25,7 +28,7 @@ enum status normalizer_add_replace(normalizer *z, const char *pattern, size_t n,
                                    const char *content, size_t content_n);
 
 /* out->bytes[0..out->n) = the normalized text; the buffer is reused from call to call. STATUS_REQUEST
- * when a pattern gives up. */
+ * when a pattern gives up, or the text grows beyond NORMALIZED_BYTES_MAX. */
 enum status normalizer_run(const normalizer *z, const char *text, size_t n,
                            struct regex_budget *budget, struct text_buffer *out);
 

@@ -76,6 +76,9 @@ enum status pretokenizer_add_split(pretokenizer *p, const char *pattern, size_t 
 
 enum status pretokenizer_add_byte_level(pretokenizer *p, bool add_prefix_space, bool use_regex) {
     struct step *s = NULL;
+    for (int i = 0; i < p->count; i++) /* each doubles what is not ASCII */
+        if (p->steps[i].kind == STEP_BYTES)
+            return fail(STATUS_MODEL, "tokenizer: two ByteLevel pre-tokenizers");
     if (add_prefix_space) TRY(add_step(p, STEP_SPACE, &s));
     if (use_regex)
         TRY(pretokenizer_add_split(p, PRETOKENIZE_GPT2, strlen(PRETOKENIZE_GPT2), false,

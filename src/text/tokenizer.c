@@ -24,6 +24,7 @@ struct encoding {
     struct regex_budget budget;
     pretokenize_scratch *pretokenize;
     struct text_buffer normalized;
+    size_t normalized_bytes; /* of all stretches */
     struct id_list ids;
 };
 
@@ -35,6 +36,10 @@ static enum status encode_piece(void *context, const char *piece, size_t n) {
 /* A stretch without raw added tokens. */
 static enum status encode_stretch(struct encoding *e, const char *text, size_t n) {
     TRY(normalizer_run(e->t->normalizer, text, n, &e->budget, &e->normalized));
+    e->normalized_bytes += e->normalized.n;
+    if (e->normalized_bytes > NORMALIZED_BYTES_MAX)
+        return fail(STATUS_REQUEST, "the normalized text has more than %d bytes",
+                    NORMALIZED_BYTES_MAX);
     struct added_scan scan = {0};
     struct added_span span;
     while (added_next(e->t->normalized, e->normalized.bytes, e->normalized.n, &scan, &span)) {
@@ -113,6 +118,10 @@ enum status tokenizer_decode(const tokenizer *t, const uint32_t *ids, size_t cou
     for (size_t i = 0; i < count; i++) {
         if (skip_special && tokenizer_is_special(t, ids[i])) continue;
         const struct tokenizer_string piece = tokenizer_piece(t, ids[i]);
+        if (piece.n > TOKENIZER_TEXT_BYTES_MAX - raw.n)
+            TRY_GOTO(fail(STATUS_REQUEST, "the ids have more than %d bytes of text",
+                          TOKENIZER_TEXT_BYTES_MAX),
+                     out);
         TRY_GOTO(text_add(&raw, piece.bytes, piece.n), out);
     }
     TRY_GOTO(text_add_lossy(&out, raw.bytes, raw.n), out);

@@ -60,7 +60,7 @@ int tokenizer_vocab_count(const tokenizer *t);
 
 /* ids as `encode(text, add_special_tokens = add_special)`. *ids is malloc'ed (the caller frees).
  * STATUS_REQUEST when the text is not UTF-8 or longer than TOKENIZER_TEXT_BYTES_MAX, or when one of the
- * tokenizer's patterns takes too long on it (regex.h). */
+ * tokenizer's patterns takes too long on it (regex.h) or normalizing makes it longer than that. */
 enum status tokenizer_encode(const tokenizer *t, const char *text, size_t n, bool add_special,
                              uint32_t **ids, size_t *count);
 
@@ -69,7 +69,7 @@ enum status tokenizer_encode(const tokenizer *t, const char *text, size_t n, boo
 struct tokenizer_string tokenizer_piece(const tokenizer *t, uint32_t id);
 bool tokenizer_is_special(const tokenizer *t, uint32_t id);
 /* As Hugging Face `decode(ids, skip_special_tokens)`: broken UTF-8 becomes U+FFFD. malloc'ed, with
- * NUL. */
+ * NUL. STATUS_REQUEST when the ids have more than TOKENIZER_TEXT_BYTES_MAX bytes. */
 enum status tokenizer_decode(const tokenizer *t, const uint32_t *ids, size_t count,
                              bool skip_special, char **text, size_t *n);
 /* The id whose added or ordinary token is exactly this text, or -1. */
