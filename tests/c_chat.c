@@ -287,6 +287,24 @@ static void test_hostile(void) {
     check_template("alive", "alive"); /* a new process has taken its place */
 }
 
+/* Messages that jansson reads and Python does not: an error, and the same process answers the next. */
+static void test_deep_messages(void) {
+    enum { DEPTH = 1500 };
+    if (helper == NULL) return;
+    static const char head[] = "[{\"role\":\"user\",\"content\":\"Hi\",\"x\":", tail[] = "}]";
+    char text[sizeof head + 2 * DEPTH + sizeof tail], *prompt = NULL;
+    size_t n = 0;
+    snprintf(text, sizeof text, "%s%*s%s", head, 2 * DEPTH, "", tail);
+    memset(text + sizeof head - 1, '[', DEPTH);
+    memset(text + sizeof head - 1 + DEPTH, ']', DEPTH);
+    chat *c = NULL;
+    CHECK_EQ(chat_open(helper, "{{ messages[0].content }}", NULL, NULL, NULL, &c), STATUS_OK);
+    CHECK_EQ(chat_render(c, text, false, false, NULL, &prompt, &n), STATUS_REQUEST);
+    CU_ASSERT(strstr(fail_text(), "nested too deeply") != NULL);
+    check_render(c, "[" U "]", false, false, "Hi");
+    chat_close(c);
+}
+
 static int child_count(void) {
     errno = 0;
     const pid_t pid = waitpid(-1, NULL, WNOHANG);
@@ -382,6 +400,7 @@ const struct suite_case suite_cases[] = {
     {"details that a template's text carries", test_builtin_details},
     {"what templates find", test_environment},
     {"hostile templates", test_hostile},
+    {"messages nested deeply", test_deep_messages},
     {"the helper of a killed process ends", test_killed_parent},
     {"the helper is gone after stop", test_stop},
     {"no python3", test_no_python},

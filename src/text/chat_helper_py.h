@@ -130,6 +130,11 @@ static const char CHAT_HELPER_PY[] =
     "    sink.flush()\n"
     "put({'ready': jinja2.__version__})\n"
     "for line in source:\n"
-    "    put(answer(json.loads(line)))\n";
+    "    try:\n"
+    "        request = json.loads(line)\n"
+    "    except RecursionError:\n"
+    "        put({'error': 'the request is nested too deeply', 'kind': 'render'})\n"
+    "    else:\n"
+    "        put(answer(request))\n";
 
 #endif
