@@ -349,6 +349,55 @@ static tokenizer *open_as_parts(int index, const char *pre, int bos, bool add_bo
     return t;
 }
 
+/* 600 tokens of six digits, `count` of which start in slot 5 of a table of 2048 (bpe.c's hash, written
+ * a second time). */
+static enum status open_colliding(int count, tokenizer **t) {
+    enum { VOCAB = 600 };
+    static char texts[VOCAB][7];
+    struct tokenizer_string tokens[VOCAB + 3] = {
+        [VOCAB] = {"a", 1}, [VOCAB + 1] = {"b", 1}, [VOCAB + 2] = {"ab", 2}};
+    const struct tokenizer_string merges[] = {{"a b", 3}};
+    int alike = 0, others = 0;
+    for (int number = 0; number < 1000000 && alike + others < VOCAB; number++) {
+        char text[9] = "";
+        uint64_t word;
+        snprintf(text, sizeof text, "%06d", number);
+        memcpy(&word, text, 8);
+        word = (0x9E3779B97F4A7C15u ^ 6 ^ word) * 0xD6E8FEB86659FD93u;
+        if (((word ^ word >> 32) & 2047) == 5) {
+            if (alike == count) continue;
+            alike++;
+        } else if (others++ >= VOCAB - count) {
+            others--;
+            continue;
+        }
+        const int id = alike + others - 1;
+        memcpy(texts[id], text, 7);
+        tokens[id] = (struct tokenizer_string){texts[id], 6};
+    }
+    CHECK_EQ(alike + others, VOCAB);
+    const struct tokenizer_parts p = {.tokens = tokens,
+                                      .vocab_count = VOCAB + 3,
+                                      .merges = merges,
+                                      .merge_count = 1,
+                                      .model = "gpt2",
+                                      .pre = "gpt-2",
+                                      .bos_id = -1,
+                                      .eos_id = -1};
+    const enum status status = tokenizer_open_parts(&p, t);
+    for (int id = 0; status == STATUS_OK && id < VOCAB; id++)
+        if (tokenizer_find(*t, texts[id]) != id) CHECK_EQ(tokenizer_find(*t, texts[id]), id);
+    return status;
+}
+
+static void test_collisions(void) {
+    tokenizer *t = NULL;
+    CHECK_EQ(open_colliding(150, &t), STATUS_OK);
+    tokenizer_close(t);
+    CHECK_EQ(open_colliding(300, &t), STATUS_MODEL);
+    CU_ASSERT(strstr(fail_text(), "one place") != NULL);
+}
+
 /* The text of ids has a limit as the text of a request has one: a piece may be long. */
 static void test_decode_limit(void) {
     enum { MIB = 1 << 20 };
@@ -707,6 +756,7 @@ const struct suite_case suite_cases[] = {
     {"ids and text as Hugging Face tokenizers gives", test_golden},
     {"decoding of cut and invalid characters", test_golden_decode},
     {"decoding has a limit", test_decode_limit},
+    {"tokens made to collide are refused", test_collisions},
     {"every option of tokenizer.json", test_options},
     {"the same ids from a GGUF file's arrays", test_parts},
     {"GGUF arrays that are refused", test_parts_refused},

@@ -10,6 +10,10 @@
 enum {
     CHARACTER_TABLE = 512, /* the byte-level alphabet ends at U+0143 */
     NONE = -1,
+    /* Slots looked at for one key. Published vocabularies of up to 280,147 entries fill runs of up to 40;
+     * random keys fill ln(4M) / 0.19 = 80 in a half-full table of the most entries. More is a file made
+     * to collide, which would take hours to load. */
+    PROBE_COUNT_MAX = 256,
     WORD_COUNT = 4096, /* power of two */
     WORD_BYTES = 32,
     WORD_IDS = 7,
@@ -87,8 +91,8 @@ enum status id_list_add(struct id_list *l, uint32_t id) {
 /* --- vocabulary and merges ------------------------------------------------------------------- */
 
 int bpe_find(const bpe *b, const char *text, size_t n) {
-    for (size_t i = hash_bytes(text, n) & b->slot_mask; b->slots[i] != 0;
-         i = (i + 1) & b->slot_mask) {
+    size_t i = hash_bytes(text, n) & b->slot_mask;
+    for (int k = 0; k < PROBE_COUNT_MAX && b->slots[i] != 0; k++, i = (i + 1) & b->slot_mask) {
         const struct tokenizer_string t = b->tokens[b->slots[i] - 1];
         if (t.n == n && memcmp(t.bytes, text, n) == 0) return (int)(b->slots[i] - 1);
     }
@@ -97,10 +101,16 @@ int bpe_find(const bpe *b, const char *text, size_t n) {
 
 static const struct merge *find_merge(const bpe *b, uint32_t left, uint32_t right) {
     const uint64_t pair = (uint64_t)left << 32 | right;
-    for (size_t i = hash_pair(pair) & b->merge_mask; b->merges[i].rank != NO_RANK;
-         i = (i + 1) & b->merge_mask)
+    size_t i = hash_pair(pair) & b->merge_mask;
+    for (int k = 0; k < PROBE_COUNT_MAX && b->merges[i].rank != NO_RANK;
+         k++, i = (i + 1) & b->merge_mask)
         if (b->merges[i].pair == pair) return &b->merges[i];
     return NULL;
+}
+
+static enum status refuse_collisions(const char *what) {
+    return fail(STATUS_MODEL, "tokenizer: more than %d %s fall into one place of a table",
+                PROBE_COUNT_MAX, what);
 }
 
 enum status bpe_new(const struct tokenizer_string *tokens, size_t count, struct bpe_options options,
@@ -126,7 +136,11 @@ enum status bpe_new(const struct tokenizer_string *tokens, size_t count, struct 
         if (tokens[id].bytes == NULL || bpe_find(b, tokens[id].bytes, tokens[id].n) != NONE)
             continue;
         size_t i = hash_bytes(tokens[id].bytes, tokens[id].n) & b->slot_mask;
-        while (b->slots[i] != 0) i = (i + 1) & b->slot_mask;
+        for (int k = 1; k < PROBE_COUNT_MAX && b->slots[i] != 0; k++) i = (i + 1) & b->slot_mask;
+        if (b->slots[i] != 0) {
+            bpe_free(b);
+            return refuse_collisions("tokens");
+        }
         b->slots[i] = (uint32_t)id + 1;
     }
     for (uint32_t code = 0; code < CHARACTER_TABLE; code++) {
@@ -155,7 +169,11 @@ enum status bpe_add_merge(bpe *b, struct tokenizer_string left, struct tokenizer
                     (int)(right.n < 64 ? right.n : 64), right.bytes);
     const uint64_t pair = (uint64_t)(uint32_t)l << 32 | (uint32_t)r;
     size_t i = hash_pair(pair) & b->merge_mask;
-    while (b->merges[i].rank != NO_RANK && b->merges[i].pair != pair) i = (i + 1) & b->merge_mask;
+    for (int k = 1;
+         k < PROBE_COUNT_MAX && b->merges[i].rank != NO_RANK && b->merges[i].pair != pair; k++)
+        i = (i + 1) & b->merge_mask;
+    if (b->merges[i].rank != NO_RANK && b->merges[i].pair != pair)
+        return refuse_collisions("merges");
     /* A pair that comes twice keeps the last rank, as a map built in order does. */
     b->merges[i] = (struct merge){pair, (uint32_t)b->merge_count++, (uint32_t)merged};
     return STATUS_OK;
