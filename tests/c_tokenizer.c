@@ -27,6 +27,12 @@ void suite_teardown(void) {
     for (int i = 0; i < TEXT_TOKENIZER_COUNT; i++) tokenizer_close(tokenizers[i]);
 }
 
+static double seconds(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_PROCESS_CPUTIME_ID, &t); /* not the clock: other jobs may be running */
+    return (double)t.tv_sec + (double)t.tv_nsec * 1e-9;
+}
+
 /* --- UTF-8 and the byte-level alphabet ------------------------------------------------------- */
 
 static void check_lossy(const char *bytes, size_t n, const char *want) {
@@ -146,11 +152,37 @@ static void test_added(void) {
                 "{<mask>}| My name |{<mask>}| A<mask> <mask>ony |{<mask>}|");
     check_added(mask, "<mask>, <mask>- \xE2\x97\x8C\xCC\xB0<mask>",
                 "{<mask>}|, |{<mask>}|- \xE2\x97\x8C\xCC\xB0<mask>|");
+    /* U+1F130, a letter in a square, is one; U+1F14A, two letters in a square, is none */
+    check_added(mask, "\xF0\x9F\x84\xB0<mask> \xF0\x9F\x85\x8A<mask>",
+                "\xF0\x9F\x84\xB0<mask> \xF0\x9F\x85\x8A|{<mask>}|");
     mask.lstrip = mask.rstrip = true;
     check_added(mask, "Hi <mask> there\t<mask>\t<mask>\xE2\x80\x80",
                 "Hi|{ <mask> }|there|{\t<mask>\t}|{<mask>\xE2\x80\x80}|");
     check_added((struct added_token){.text = "ab", .n = 2, .id = 1}, "", "");
     check_added((struct added_token){.text = "ab", .n = 2, .id = 1}, "abaab", "{ab}|a|{ab}|");
+}
+
+/* Tokens that are white space and take white space in, on nothing else: n tokens, in linear time. Every
+ * look around one would otherwise go over the whole text. */
+static void test_added_space(void) {
+    enum { N = 100000 };
+    added *a = NULL;
+    struct added_scan scan = {0};
+    struct added_span span;
+    char *text = malloc(N);
+    size_t count = 0;
+    CU_ASSERT_PTR_NOT_NULL_FATAL(text);
+    for (size_t i = 0; i < N; i++) text[i] = i % 3 ? ' ' : '\n';
+    CHECK_EQ(added_new(&a), STATUS_OK);
+    CHECK_EQ(added_add(a, (struct added_token){" ", 1, 1, .lstrip = true}), STATUS_OK);
+    CHECK_EQ(added_add(a, (struct added_token){"\n", 1, 2, .lstrip = true, .rstrip = true}),
+             STATUS_OK);
+    const double start = seconds();
+    while (added_next(a, text, N, &scan, &span)) count += span.token_id > 0;
+    CHECK_EQ(count, N);
+    CU_ASSERT(seconds() - start < 2);
+    added_free(a);
+    free(text);
 }
 
 /* --- golden vectors -------------------------------------------------------------------------- */
@@ -543,12 +575,6 @@ static void test_config(void) {
     free(json);
 }
 
-static double seconds(void) {
-    struct timespec t;
-    clock_gettime(CLOCK_PROCESS_CPUTIME_ID, &t); /* not the clock: other jobs may be running */
-    return (double)t.tv_sec + (double)t.tv_nsec * 1e-9;
-}
-
 /* Hugging Face's count and FNV-1a (over ids) of long texts that are one piece. */
 static void test_long_pieces(void) {
     static const struct {
@@ -753,6 +779,7 @@ const struct suite_case suite_cases[] = {
     {"the byte-level alphabet is GPT-2's", test_alphabet},
     {"split behaviors: the documentation's examples", test_split},
     {"added tokens: single words, stripping", test_added},
+    {"added tokens of white space in linear time", test_added_space},
     {"ids and text as Hugging Face tokenizers gives", test_golden},
     {"decoding of cut and invalid characters", test_golden_decode},
     {"decoding has a limit", test_decode_limit},

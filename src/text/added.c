@@ -115,7 +115,11 @@ static int32_t search(const added *a, const char *text, size_t n, size_t from, s
 
 /* Rust regex's \w: Alphabetic, Mark, Decimal_Number, Connector_Punctuation, Join_Control. */
 static bool is_word(uint32_t code) {
-    if (code == 0x200C || code == 0x200D || (code >= 0x24B6 && code <= 0x24E9)) return true;
+    if (code == 0x200C || code == 0x200D) return true;
+    /* symbols that are alphabetic: letters in circles and squares */
+    if ((code >= 0x24B6 && code <= 0x24E9) || (code >= 0x1F130 && code <= 0x1F149) ||
+        (code >= 0x1F150 && code <= 0x1F169) || (code >= 0x1F170 && code <= 0x1F189))
+        return true;
     switch (utf8proc_category((utf8proc_int32_t)code)) {
         case UTF8PROC_CATEGORY_LU:
         case UTF8PROC_CATEGORY_LL:
@@ -142,8 +146,9 @@ static bool touches_word(const char *text, size_t n, size_t begin, size_t end) {
     return end < n && is_word(utf8_next(text + end, n - end).code);
 }
 
-static size_t skip_space_left(const char *text, size_t at) {
-    while (at > 0) {
+/* Not further than to `floor`. */
+static size_t skip_space_left(const char *text, size_t at, size_t floor) {
+    while (at > floor) {
         const size_t start = utf8_last_start(text, at);
         if (!utf8_is_space(utf8_next(text + start, at - start).code)) break;
         at = start;
@@ -151,13 +156,16 @@ static size_t skip_space_left(const char *text, size_t at) {
     return at;
 }
 
-static size_t skip_space_right(const char *text, size_t n, size_t at) {
+/* Tokens that are white space themselves may begin in the space behind the last one: that run is known. */
+static size_t skip_space_right(const char *text, size_t n, size_t at, struct added_scan *scan) {
+    if (at >= scan->space_begin && at < scan->space_end) return scan->space_end;
+    scan->space_begin = at;
     while (at < n) {
         const struct utf8_unit u = utf8_next(text + at, n - at);
         if (!utf8_is_space(u.code)) break;
         at += (size_t)u.n;
     }
-    return at;
+    return scan->space_end = at;
 }
 
 bool added_next(const added *a, const char *text, size_t n, struct added_scan *scan,
@@ -174,10 +182,10 @@ bool added_next(const added *a, const char *text, size_t n, struct added_scan *s
         scan->search = end; /* also when refused: matches do not overlap */
         if (t->single_word && touches_word(text, n, begin, end)) continue;
         if (t->lstrip) {
-            begin = skip_space_left(text, begin);
+            begin = skip_space_left(text, begin, scan->covered);
             if (begin < scan->covered) begin = scan->covered;
         }
-        if (t->rstrip) end = skip_space_right(text, n, end);
+        if (t->rstrip) end = skip_space_right(text, n, end, scan);
         const struct added_span token = {begin, end, (int)t->id};
         const size_t covered = scan->covered;
         scan->covered = end;

@@ -35,6 +35,7 @@ struct added_span {
 /* Where a scan stands; start with {0}. */
 struct added_scan {
     size_t search, covered;
+    size_t space_begin, space_end; /* a run of white space; empty at first */
     struct added_span pending;
     bool has_pending;
 };
