@@ -552,7 +552,7 @@ static void test_config(void) {
         "{\"model_max_length\":1000000000000000019884624838656,\"bos_token\":{\"content\":\"<|user|"
         ">\"},"
         "\"eos_token\":\"<new>\",\"added_tokens_decoder\":{\"4\":{\"content\":\"<think>\","
-        "\"special\":true},"
+        "\"special\":true},\"3\":{\"content\":\"<|end|>\",\"lstrip\":true,\"special\":false},"
         "\"768\":{\"content\":\"<new>\",\"special\":true,\"normalized\":false}}}";
     size_t n;
     char *json = text_read(text_files[TEXT_SMALL].json, &n);
@@ -568,6 +568,10 @@ static void test_config(void) {
     CHECK_EQ(count, 3);
     CHECK_EQ(ids[1], 768);
     CHECK_EQ(ids[2], 4);
+    free(ids);
+    CU_ASSERT(tokenizer_is_special(t, 3)); /* tokenizer.json said so first */
+    CHECK_EQ(tokenizer_encode(t, "a <|end|>", 9, false, &ids, &count), STATUS_OK);
+    CHECK_EQ(count, 2); /* the later lstrip counts */
     free(ids);
     tokenizer_close(t);
     CHECK_EQ(tokenizer_open_json(json, n, "{", 1, &t), STATUS_MODEL);

@@ -136,8 +136,8 @@ int tokenizer_vocab_count(const tokenizer *t) { return (int)t->vocab_count; }
 
 int tokenizer_find(const tokenizer *t, const char *text) {
     const size_t n = strlen(text);
-    const int id = added_find(t->by_text, text, n);
-    return id >= 0 ? id : bpe_find(t->bpe, text, n);
+    const int entry = added_find(t->by_text, text, n);
+    return entry >= 0 ? (int)t->entries[entry].id : bpe_find(t->bpe, text, n);
 }
 
 int tokenizer_bos(const tokenizer *t) { return t->bos; }

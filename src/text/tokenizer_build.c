@@ -66,7 +66,19 @@ enum status tokenizer_add_model_token(tokenizer *t, size_t id, const char *text,
 }
 
 enum status tokenizer_add_entry(tokenizer *t, struct added_entry entry) {
-    if (entry.n == 0 || added_find(t->by_text, entry.text, entry.n) >= 0) return STATUS_OK;
+    if (entry.n == 0) return STATUS_OK;
+    const int twice = added_find(t->by_text, entry.text, entry.n);
+    if (twice >= 0) {
+        struct added_entry *first = &t->entries[twice];
+        entry.text = first->text;
+        entry.id = first->id;
+        if (first->special) { /* it is searched for as it was then */
+            entry.special = true;
+            entry.normalized = first->normalized;
+        }
+        *first = entry;
+        return STATUS_OK;
+    }
     if (t->entry_count == ADDED_COUNT_MAX)
         return fail(STATUS_MODEL, "tokenizer: more than %d added tokens", ADDED_COUNT_MAX);
     if (t->entry_count == t->entry_capacity) {
@@ -89,8 +101,10 @@ enum status tokenizer_add_entry(tokenizer *t, struct added_entry entry) {
     entry.id = id;
     entry.text = arena_strndup(&t->arena, entry.text, entry.n);
     if (entry.text == NULL) return STATUS_MEMORY;
-    t->entries[t->entry_count++] = entry;
-    return added_add(t->by_text, (struct added_token){.text = entry.text, .n = entry.n, .id = id});
+    t->entries[t->entry_count] = entry;
+    return added_add(
+        t->by_text,
+        (struct added_token){.text = entry.text, .n = entry.n, .id = (uint32_t)t->entry_count++});
 }
 
 enum status tokenizer_add_frame(tokenizer *t, bool before, uint32_t id) {

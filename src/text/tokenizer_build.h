@@ -38,7 +38,7 @@ struct tokenizer {
     pretokenizer *pretokenizer;
     struct added_entry *entries; /* [entry_count] added tokens, malloc'ed */
     size_t entry_count, entry_capacity;
-    added *by_text;                  /* the same, to look them up */
+    added *by_text;                  /* the same, to look them up: its ids are indices of entries */
     added *raw, *normalized;         /* the same, as the two sets that text is searched for */
     uint32_t next_added_id;          /* above the model's size and every added id */
     struct tokenizer_string *pieces; /* [vocab_count] what each id decodes to */
@@ -55,7 +55,8 @@ enum status tokenizer_begin(size_t model_count, tokenizer **out);
 /* The text is copied. STATUS_MODEL when the id is taken or out of range. */
 enum status tokenizer_add_model_token(tokenizer *t, size_t id, const char *text, size_t n);
 /* An added token; its id is the model's when the model has the text, else the next free one, as
- * Hugging Face assigns it (ids written in the file are only checked). */
+ * Hugging Face assigns it (ids written in the file are only checked). Of one that comes twice the later
+ * entry's flags count, but special it stays. */
 enum status tokenizer_add_entry(tokenizer *t, struct added_entry entry);
 /* Puts an id before (or after) the text; ids added later stand further out. */
 enum status tokenizer_add_frame(tokenizer *t, bool before, uint32_t id);
