@@ -684,6 +684,9 @@ static void test_refused(void) {
     check_refused(SPLIT("[a&&b]"), "intersection");
     check_refused(SPLIT("[a[b]]"), "class inside");
     check_refused(SPLIT("a{1,2}+"), "{n,m}");
+    check_refused(SPLIT("a{2}?"), "a ? behind {n}");
+    check_refused(SPLIT("a(?i)b|c"), "(?i)");
+    check_refused(SPLIT("(?:b|(?:)(?i)c)"), "(?i)");
     check_refused(SPLIT("(?m:a)"), "group");
     check_refused(SPLIT("\\\\bword"), "\\b");
     check_refused(SPLIT("\\\\p{Emoji}"), "Emoji");

@@ -58,6 +58,7 @@ struct translation {
     size_t n, at;
     struct text_buffer out;
     bool in_class;
+    bool branch_begins; /* nothing stands before this in its alternative */
 };
 
 static enum status refuse(const char *what) {
@@ -260,35 +261,56 @@ static enum status translate_class(struct translation *t) {
     return add(t, "]");
 }
 
-/* {n,m}: a "+" behind it repeats it for Oniguruma and makes it possessive for PCRE2; {,m} is {0,m}.
- */
+/* {n,m}: a "+" behind it repeats it for Oniguruma and makes it possessive for PCRE2, a "?" behind {n}
+ * makes it optional for Oniguruma and nothing for PCRE2; {,m} is {0,m}. */
 static enum status translate_interval(struct translation *t) {
     const char *rest = t->in + t->at;
     size_t i = 0;
     while (t->at + i < t->n && ((rest[i] >= '0' && rest[i] <= '9') || rest[i] == ',')) i++;
     if (i == 0 || t->at + i == t->n || rest[i] != '}') return refuse("a { that is no repeat count");
     if (t->at + i + 1 < t->n && rest[i + 1] == '+') return refuse("a + behind {n,m}");
+    if (t->at + i + 1 < t->n && rest[i + 1] == '?' && memchr(rest, ',', i) == NULL)
+        return refuse("a ? behind {n}");
     TRY(add(t, rest[0] == ',' ? "{0" : "{"));
     TRY(text_add(&t->out, rest, i + 1));
     t->at += i + 1;
     return STATUS_OK;
 }
 
-/* (?: (?= (?! (?<= (?<! (?> (?i: (?i) (?<name> are the same in both. */
-static enum status check_group(const struct translation *t) {
+/* Behind a "(": ?: ?= ?! ?<= ?<! ?> ?i: are the same in both. (?i) reaches to the end of the group in
+ * both, but Oniguruma makes a group of what it reaches: a(?i)b|c is a(?i:b|c). Without an a, that is no
+ * difference. */
+static enum status translate_group(struct translation *t) {
     const char *rest = t->in + t->at;
     const size_t left = t->n - t->at;
+    size_t n = 0; /* bytes of the mark */
     if (left == 0 || rest[0] == '*') return refuse("(*");
-    if (rest[0] != '?') return STATUS_OK;
-    if (left >= 2 && strchr(":=!>", rest[1]) != NULL && rest[1] != '\0') return STATUS_OK;
-    if (left >= 3 && rest[1] == '<' && (rest[2] == '=' || rest[2] == '!')) return STATUS_OK;
-    if (left >= 3 && rest[1] == 'i' && (rest[2] == ':' || rest[2] == ')')) return STATUS_OK;
-    return refuse("a group of a kind other than (?: (?= (?! (?<= (?<! (?> (?i:");
+    if (rest[0] == '?') {
+        if (left >= 2 && strchr(":=!>", rest[1]) != NULL && rest[1] != '\0')
+            n = 2;
+        else if (left >= 3 && rest[1] == '<' && (rest[2] == '=' || rest[2] == '!'))
+            n = 3;
+        else if (left >= 3 && rest[1] == 'i' && (rest[2] == ':' || rest[2] == ')'))
+            n = 3;
+        else
+            return refuse("a group of a kind other than (?: (?= (?! (?<= (?<! (?> (?i:");
+        if (rest[n - 1] == ')' && !t->branch_begins) return refuse("(?i) behind something");
+    }
+    t->branch_begins = true;
+    t->at += n;
+    TRY(add(t, "("));
+    return text_add(&t->out, rest, n);
 }
 
 static enum status translate(struct translation *t) {
+    t->branch_begins = true;
     while (t->at < t->n) {
         const char c = t->in[t->at++];
+        if (c == '(') {
+            TRY(translate_group(t));
+            continue;
+        }
+        t->branch_begins = c == '|';
         switch (c) {
             case '\\':
                 TRY(translate_escape(t));
@@ -298,10 +320,6 @@ static enum status translate(struct translation *t) {
                 break;
             case '{':
                 TRY(translate_interval(t));
-                break;
-            case '(':
-                TRY(check_group(t));
-                TRY(add(t, "("));
                 break;
             default:
                 TRY(text_add(&t->out, &c, 1));
