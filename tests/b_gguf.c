@@ -240,6 +240,22 @@ static void test_tokenizer(void) {
               t->bos_id == -1 && !t->add_bos && t->pre[0] == '\0');
     source_close(s);
 
+    for (int broken = 0; broken < 3; broken++) { /* arrays that are there and cannot be used */
+        static const char *const named[] = {"merges must be an array of texts",
+                                            "token_type must be an array of 32-bit",
+                                            "token_type has 3 items for 4 tokens"};
+        w = (struct gguf_writer){0};
+        begin_llama(&w);
+        if (broken == 0) gguf_key_i32s(&w, "tokenizer.ggml.merges", four_types, 4);
+        if (broken == 1) gguf_key_texts(&w, "tokenizer.ggml.token_type", four_tokens, 4);
+        if (broken == 2) gguf_key_i32s(&w, "tokenizer.ggml.token_type", four_types, 3);
+        s = open_blob(&w, folder);
+        CU_ASSERT_FATAL(s != NULL);
+        CHECK_EQ(gguf_get_tokenizer(s, &t), STATUS_MODEL);
+        CU_ASSERT(strstr(fail_text(), named[broken]) != NULL);
+        source_close(s);
+    }
+
     w = (struct gguf_writer){0}; /* a Llama 3 file of before the key add_bos_token */
     begin_llama(&w);
     gguf_key_text(&w, "tokenizer.ggml.pre", "llama-bpe");
@@ -324,6 +340,12 @@ static void test_refusals(void) {
     begin_llama(&w);
     gguf_tensor(&w, "x", 0, INT32_MAX, INT32_MAX, data, 16); /* 2^64 bytes */
     check_refused(&w, folder, "unusable shape");
+    for (int i = 0; i < 3; i++) { /* 2^62 bytes each */
+        static const char *const names[] = {"x", "y", "z"};
+        if (i == 0) begin_llama(&w);
+        gguf_tensor(&w, names[i], 0, 1ll << 30, 1ll << 30, data, 16);
+    }
+    check_refused(&w, folder, "more bytes than there can be");
     begin_llama(&w);
     gguf_tensor(&w, "x", 0, 0, 0, data, 0);
     check_refused(&w, folder, "dimension of 0");
@@ -442,6 +464,13 @@ static void test_real_file(void) {
     CHECK_STR(t->pre, "smollm");
     CU_ASSERT(t->chat_template.n > 0);
     source_close(s);
+}
+
+int suite_setup(int *argc, char ***argv) {
+    (void)argc;
+    (void)argv;
+    log_init(LOG_ERROR, false); /* the warnings are meant */
+    return 0;
 }
 
 const struct suite_case suite_cases[] = {{"metadata", test_config},

@@ -507,6 +507,9 @@ static void test_parts_refused(void) {
     CHECK_EQ(ids[0], 2);
     free(ids);
     tokenizer_close(t);
+    p.merges = NULL;
+    CHECK_EQ(tokenizer_open_parts(&p, &t), STATUS_MODEL);
+    CU_ASSERT(strstr(fail_text(), "merges is missing") != NULL);
     p.merges = strange;
     CHECK_EQ(tokenizer_open_parts(&p, &t), STATUS_MODEL);
     CU_ASSERT(strstr(fail_text(), "merge 0") != NULL);

@@ -6,12 +6,16 @@
  */
 #include <string.h>
 
+#include "base/log.h"
 #include "load/gguf.h"
 
-static const struct gguf_value *find_array(const struct gguf_file *file, const char *key,
-                                           enum gguf_value_type item_type) {
-    const struct gguf_value *v = gguf_find(file, key);
-    return v && v->type == GGUF_ARRAY && v->item_type == item_type ? v : NULL;
+/* *out = NULL when there is no such key. */
+static enum status find_array(const struct gguf_file *file, const char *key,
+                              enum gguf_value_type item_type, const struct gguf_value **out) {
+    const struct gguf_value *v = *out = gguf_find(file, key);
+    if (!v || (v->type == GGUF_ARRAY && v->item_type == item_type)) return STATUS_OK;
+    return fail(STATUS_MODEL, "key %s must be an array of %s", key,
+                item_type == GGUF_STRING ? "texts" : "32-bit integers");
 }
 
 static enum status copy_strings(const struct gguf_value *v, size_t limit, arena *a,
@@ -64,12 +68,19 @@ static int find_id(const struct gguf_file *file, const char *key) {
 
 enum status gguf_read_tokenizer(const struct gguf_file *f, arena *a, struct gguf_tokenizer *t) {
     *t = (struct gguf_tokenizer){0};
-    const struct gguf_value *types = find_array(f, "tokenizer.ggml.token_type", GGUF_I32);
-    TRY(copy_strings(find_array(f, "tokenizer.ggml.tokens", GGUF_STRING), CONFIG_VOCAB_MAX, a,
-                     &t->tokens, &t->token_count));
-    TRY(copy_strings(find_array(f, "tokenizer.ggml.merges", GGUF_STRING), GGUF_MERGES_MAX, a,
-                     &t->merges, &t->merge_count));
-    if (types && types->count == t->token_count) {
+    const struct gguf_value *tokens, *merges, *types;
+    TRY(find_array(f, "tokenizer.ggml.tokens", GGUF_STRING, &tokens));
+    TRY(find_array(f, "tokenizer.ggml.merges", GGUF_STRING, &merges));
+    TRY(find_array(f, "tokenizer.ggml.token_type", GGUF_I32, &types));
+    TRY(copy_strings(tokens, CONFIG_VOCAB_MAX, a, &t->tokens, &t->token_count));
+    TRY(copy_strings(merges, GGUF_MERGES_MAX, a, &t->merges, &t->merge_count));
+    if (types && types->count != t->token_count) {
+        return fail(STATUS_MODEL, "key tokenizer.ggml.token_type has %llu items for %zu tokens",
+                    (unsigned long long)types->count, t->token_count);
+    }
+    if (!types)
+        log_warn("the file has no tokenizer.ggml.token_type: markers in a text are not seen");
+    if (types) {
         int32_t *copy = arena_alloc_array(a, t->token_count + 1, sizeof *copy);
         if (!copy) return STATUS_MEMORY;
         memcpy(copy, types->data, t->token_count * sizeof *copy); /* the mapping may be unaligned */

@@ -19,8 +19,11 @@ enum status tensor_table_add(struct tensor_table *table, const struct tensor_ent
         table->entries = grown;
         table->capacity = capacity;
     }
+    /* of a GGUF header that is not yet compared with the file, so anything */
+    if (__builtin_add_overflow(table->total_bytes, entry->bytes, &table->total_bytes)) {
+        return fail(STATUS_MODEL, "the tensors have more bytes than there can be");
+    }
     table->entries[table->count++] = *entry;
-    table->total_bytes += entry->bytes; /* at most TENSOR_COUNT_MAX mappings: cannot overflow */
     return STATUS_OK;
 }
 

@@ -39,7 +39,7 @@ struct tokenizer_parts {
     const struct tokenizer_string *tokens; /* [vocab] in the byte-level alphabet */
     const int32_t *token_types;            /* [vocab], enum tokenizer_token_type, or NULL */
     size_t vocab_count;
-    const struct tokenizer_string *merges; /* "left right" */
+    const struct tokenizer_string *merges; /* "left right"; NULL: the file has none, refused */
     size_t merge_count;
     const char *model;  /* tokenizer.ggml.model: only "gpt2" is byte-level BPE */
     const char *pre;    /* tokenizer.ggml.pre: "smollm", "qwen2", "llama-bpe", ... */

@@ -104,6 +104,7 @@ enum status tokenizer_open_parts(const struct tokenizer_parts *p, tokenizer **ou
                     p->model);
     const struct pre *pre = NULL;
     TRY(find_pre(p->pre, &pre));
+    if (p->merges == NULL) return fail(STATUS_MODEL, "GGUF: tokenizer.ggml.merges is missing");
     if (p->merge_count > TOKENIZER_VOCAB_MAX)
         return fail(STATUS_MODEL, "GGUF: %zu merges, at most %d are supported", p->merge_count,
                     TOKENIZER_VOCAB_MAX);

@@ -27,6 +27,7 @@ static tokenizer *open_bytes(void) {
     const struct tokenizer_parts parts = {.tokens = tokens,
                                           .token_types = types,
                                           .vocab_count = 258,
+                                          .merges = tokens, /* none of them */
                                           .model = "gpt2",
                                           .pre = "gpt-2",
                                           .bos_id = -1,
