@@ -119,6 +119,12 @@ static void test_sliding_window(void) {
         parse(&c, "{" MISTRAL ",\"max_position_embeddings\":32768,\"sliding_window\":null}", NULL),
         STATUS_OK);
     CHECK_EQ(c.max_positions, 32768);
+    CHECK_EQ(parse(&c, "{" MISTRAL ",\"max_position_embeddings\":32768}", NULL), STATUS_OK);
+    CHECK_EQ(c.max_positions, 4096); /* MistralConfig's own default */
+    CHECK_EQ(parse(&c, "{" QWEN ",\"max_position_embeddings\":32768}", NULL), STATUS_OK);
+    CHECK_EQ(c.max_positions, 32768);
+    CHECK_EQ(parse(&c, "{" LLAMA ",\"max_position_embeddings\":32768}", NULL), STATUS_OK);
+    CHECK_EQ(c.max_positions, 32768);
     CHECK_EQ(parse(&c,
                    "{" QWEN ",\"max_position_embeddings\":32768,\"sliding_window\":4096,"
                    "\"use_sliding_window\":false,\"max_window_layers\":21}",

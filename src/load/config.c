@@ -203,13 +203,15 @@ static enum status read_rope(const json_t *root, struct model_config *c) {
                     c->rope_original_positions, &c->rope_original_positions);
 }
 
-/* Mistral: sliding_window alone. Qwen: only with use_sliding_window, and only in the layers from
+/* Mistral: sliding_window alone, 4096 when it is missing and none when it is null. Qwen: only with use_sliding_window, and only in the layers from
  * max_window_layers on; newer files list layer_types. Llama has none. */
 static enum status read_window(const json_t *root, struct model_config *c) {
     int window, first_layer;
     bool on;
     if (c->arch == ARCH_LLAMA) return STATUS_OK;
-    TRY(read_int(root, "sliding_window", 0, INT32_MAX, 0, &window));
+    const bool missing = !json_object_get(root, "sliding_window");
+    TRY(read_int(root, "sliding_window", 0, INT32_MAX,
+                 missing && c->arch == ARCH_MISTRAL ? 4096 : 0, &window));
     TRY(read_bool(root, "use_sliding_window", c->arch == ARCH_MISTRAL, &on));
     TRY(read_int(root, "max_window_layers", 0, INT32_MAX, 28, &first_layer));
     if (c->arch != ARCH_MISTRAL && first_layer >= c->layers) on = false;
