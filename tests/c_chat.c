@@ -35,6 +35,7 @@ int suite_setup(int *argc, char ***argv) {
         json_decref(config);
         free(bytes);
     }
+    setenv("SFUMATO_API_KEY", "secret", 1);
     if (chat_helper_start(&helper) != STATUS_OK) return 1;
     if (helper == NULL)
         printf("\n    SKIPPED: tests of the model's own template (no python3 with jinja2)\n");
@@ -191,6 +192,29 @@ static void test_builtin_formats(void) {
     CHECK_EQ(chat_open(NULL, NULL, NULL, NULL, NULL, &c), STATUS_MODEL);
 }
 
+/* A tool's answer as a user message: what the model thought before it stays in the prompt. The model's own
+ * template, rendered by the helper, says the same. */
+static void test_builtin_tool_response(void) {
+    static const char messages[] =
+        "[" U "," A
+        ","
+        "{\"role\":\"user\",\"content\":\"<tool_response>\\n1\\n</tool_response>\"},"
+        "{\"role\":\"assistant\",\"content\":\"One\"}]";
+    static const char want[] =
+        "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n<think>\nx\n</think>\n\nHo  "
+        "<|im_end|>\n"
+        "<|im_start|>user\n<tool_response>\n1\n</tool_response><|im_end|>\n"
+        "<|im_start|>assistant\n<think>\n\n</think>\n\nOne<|im_end|>\n";
+    const int qwen = text_file_index("qwen3");
+    for (int i = 0; i < 2; i++) {
+        chat *c = NULL;
+        if (i == 1 && helper == NULL) continue;
+        CHECK_EQ(chat_open(i ? helper : NULL, templates[qwen], NULL, NULL, NULL, &c), STATUS_OK);
+        check_render(c, messages, false, false, want);
+        chat_close(c);
+    }
+}
+
 /* Defaults that a recognised template carries in its text. */
 static void test_builtin_details(void) {
     chat *c = NULL;
@@ -305,6 +329,25 @@ static void test_deep_messages(void) {
     chat_close(c);
 }
 
+/* The one child of this process has what it needs, and nothing of ours. */
+static void test_inherited(void) {
+    char path[64], bytes[65536];
+    int pid = 0;
+    if (helper == NULL) return;
+    snprintf(path, sizeof path, "/proc/self/task/%d/children", (int)getpid());
+    FILE *f = fopen(path, "r");
+    if (f == NULL) return; /* a kernel without it */
+    CHECK_EQ(fscanf(f, "%d", &pid), 1);
+    fclose(f);
+    snprintf(path, sizeof path, "/proc/%d/environ", pid);
+    f = fopen(path, "r");
+    CU_ASSERT_FATAL(f != NULL);
+    const size_t n = fread(bytes, 1, sizeof bytes, f);
+    fclose(f);
+    CU_ASSERT(memmem(bytes, n, "PATH=", 5) != NULL);
+    CU_ASSERT(memmem(bytes, n, "secret", 6) == NULL);
+}
+
 static int child_count(void) {
     errno = 0;
     const pid_t pid = waitpid(-1, NULL, WNOHANG);
@@ -397,9 +440,11 @@ const struct suite_case suite_cases[] = {
     {"prompts as transformers gives, by the helper", test_golden},
     {"the same prompts by built-in formats", test_builtin_golden},
     {"built-in formats by name", test_builtin_formats},
+    {"a tool's answer is no question to Qwen3", test_builtin_tool_response},
     {"details that a template's text carries", test_builtin_details},
     {"what templates find", test_environment},
     {"hostile templates", test_hostile},
+    {"what the helper inherits", test_inherited},
     {"messages nested deeply", test_deep_messages},
     {"the helper of a killed process ends", test_killed_parent},
     {"the helper is gone after stop", test_stop},

@@ -174,6 +174,15 @@ static enum status add_chatml(struct text_buffer *out, const char *role, struct 
     return add(out, "<|im_end|>\n");
 }
 
+/* Not a tool's answer that goes as a user message: those do not end what the model thought before. */
+static bool is_question(const struct message *m) {
+    static const char open[] = "<tool_response>", close[] = "</tool_response>";
+    const size_t open_n = sizeof open - 1, close_n = sizeof close - 1;
+    return is_role(m, "user") &&
+           (m->content_n < open_n + close_n || memcmp(m->content, open, open_n) != 0 ||
+            memcmp(m->content + m->content_n - close_n, close, close_n) != 0);
+}
+
 /* Qwen3 shows the thinking of assistant messages behind the last question only. */
 static enum status add_qwen3_assistant(struct text_buffer *out, const struct message *m,
                                        bool behind_question, bool last) {
@@ -198,7 +207,7 @@ static enum status render_chatml(const struct chat_style *style, const struct me
                                  struct text_buffer *out) {
     size_t question = count;
     for (size_t i = 0; i < count; i++)
-        if (is_role(&m[i], "user")) question = i;
+        if (is_question(&m[i])) question = i;
     if (style->default_system.n > 0 && (count == 0 || !is_role(&m[0], "system")))
         TRY(add_chatml(out, "system",
                        (struct slice){style->default_system.bytes, style->default_system.n}));

@@ -6,9 +6,9 @@
  * process of its own, in Python's jinja2 sandbox, under resource limits, with a deadline for every
  * answer; past it the process is killed and the next request starts a new one. Starting takes longer than
  * most renders: one that nobody waits for any more has a moment left before it is killed too. The
- * process inherits no descriptor but the socket, and a thread of it watches that: when we die in whatever way, it ends
- * at once, even in the middle of a render. A socket, not pipes, because writing to a dead pipe
- * would raise SIGPIPE. One thread at a time.
+ * process inherits no descriptor but the socket, and little of our environment. A thread of it watches
+ * the socket: when we die in whatever way, it ends at once, even in the middle of a render. A socket, not
+ * pipes, because writing to a dead pipe would raise SIGPIPE. One thread at a time.
  */
 #include "text/chat_helper.h"
 
@@ -62,12 +62,30 @@ static void helper_kill(chat_helper *h) {
     h->pid = 0;
 }
 
+/* Of our environment the process gets what a python3 (or a version manager's script of that name) needs to
+ * start, and the time zone: a template that escapes its sandbox finds no API key there. */
+static const char *const environment[] = {"PATH", "LD_LIBRARY_PATH", "HOME", "TZ", "TZDIR"};
+enum { ENVIRONMENT_COUNT = sizeof environment / sizeof *environment };
+
+static void pick_environment(char *out[ENVIRONMENT_COUNT + 1]) {
+    int count = 0;
+    for (int i = 0; i < ENVIRONMENT_COUNT; i++) {
+        const size_t n = strlen(environment[i]);
+        char **e = environ;
+        while (*e && (strncmp(*e, environment[i], n) != 0 || (*e)[n] != '=')) e++;
+        if (*e) out[count++] = *e;
+    }
+    out[count] = NULL;
+}
+
 static int spawn_python(const char *python, pid_t *pid, int child_fd) {
     char seconds[16], memory[32];
     snprintf(seconds, sizeof seconds, "%d", CHAT_RENDER_SECONDS);
     snprintf(memory, sizeof memory, "%lld", (long long)MEMORY_MIB << 20);
     char *const argv[] = {(char *)python,         "-I",    "-B",   "-c",
                           (char *)CHAT_HELPER_PY, seconds, memory, NULL};
+    char *envp[ENVIRONMENT_COUNT + 1];
+    pick_environment(envp);
     posix_spawn_file_actions_t actions;
     posix_spawnattr_t attributes;
     if (posix_spawn_file_actions_init(&actions) != 0) return ENOMEM;
@@ -88,7 +106,7 @@ static int spawn_python(const char *python, pid_t *pid, int child_fd) {
     if (rc == 0) rc = posix_spawn_file_actions_adddup2(&actions, child_fd, 1);
     if (rc == 0) rc = posix_spawn_file_actions_addopen(&actions, 2, "/dev/null", O_WRONLY, 0);
     if (rc == 0) rc = posix_spawn_file_actions_addclosefrom_np(&actions, 3);
-    if (rc == 0) rc = posix_spawn(pid, python, &actions, &attributes, argv, environ);
+    if (rc == 0) rc = posix_spawn(pid, python, &actions, &attributes, argv, envp);
     posix_spawnattr_destroy(&attributes);
     posix_spawn_file_actions_destroy(&actions);
     return rc;
