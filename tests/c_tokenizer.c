@@ -688,6 +688,7 @@ static void test_refused(void) {
     check_refused(SPLIT("[a[b]]"), "class inside");
     check_refused(SPLIT("a{1,2}+"), "{n,m}");
     check_refused(SPLIT("a{2}?"), "a ? behind {n}");
+    check_refused(SPLIT("a{,}"), "no repeat count");
     check_refused(SPLIT("a(?i)b|c"), "(?i)");
     check_refused(SPLIT("(?:b|(?:)(?i)c)"), "(?i)");
     check_refused(SPLIT("(?m:a)"), "group");

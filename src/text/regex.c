@@ -267,7 +267,8 @@ static enum status translate_interval(struct translation *t) {
     const char *rest = t->in + t->at;
     size_t i = 0;
     while (t->at + i < t->n && ((rest[i] >= '0' && rest[i] <= '9') || rest[i] == ',')) i++;
-    if (i == 0 || t->at + i == t->n || rest[i] != '}') return refuse("a { that is no repeat count");
+    if (i == 0 || t->at + i == t->n || rest[i] != '}' || (i == 1 && rest[0] == ','))
+        return refuse("a { that is no repeat count");
     if (t->at + i + 1 < t->n && rest[i + 1] == '+') return refuse("a + behind {n,m}");
     if (t->at + i + 1 < t->n && rest[i + 1] == '?' && memchr(rest, ',', i) == NULL)
         return refuse("a ? behind {n}");
