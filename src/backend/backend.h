@@ -112,6 +112,9 @@ struct run_ops {
     void (*decide)(backend *b, const struct batch *batch);
     const struct run_answer *(*answer)(backend *b, int step, int row); /* as model_run_answer */
     void (*stop)(backend *b, int row);
+    /* Drops all graphs. They hold what was captured into them: a communicator that is in one cannot be
+     * closed (comm_nccl.c). */
+    void (*forget)(backend *b);
 };
 
 /* The way of weights into host memory: every host thread (host_run) packs the rows of its own

@@ -135,11 +135,23 @@ enum status cuda_run_open(struct cuda *cuda, const struct backend_config *config
     return STATUS_OK;
 }
 
-void cuda_run_close(struct cuda *cuda) {
-    struct cuda_run *run = &cuda->run;
+static void drop_graphs(struct cuda_run *run) {
     for (int i = 0; i < run->graph_count; i++)
         if (run->graphs[i].exec) cudaGraphExecDestroy(run->graphs[i].exec);
-    cudaFreeHost(run->pinned);
+    run->graph_count = 0;
+    run->graph = NULL;
+}
+
+static void run_forget(backend *b) {
+    struct cuda *cuda = cuda_of(b);
+    if (cuda->run.graph_count == 0) return;
+    cuda_wait(cuda); /* one that runs would be destroyed at its end, behind our back */
+    drop_graphs(&cuda->run);
+}
+
+void cuda_run_close(struct cuda *cuda) {
+    drop_graphs(&cuda->run);
+    cudaFreeHost(cuda->run.pinned);
 }
 
 /* ---- begin ---- */
@@ -390,4 +402,5 @@ const struct run_ops cuda_run_ops = {
     .decide = run_decide,
     .answer = run_answer,
     .stop = run_stop,
+    .forget = run_forget,
 };

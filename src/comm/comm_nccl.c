@@ -77,13 +77,14 @@ struct nccl {
 
 /* ---- trouble ---- */
 
-/* Ends the job: kernels of the communicator are told to leave first. */
+/* Ends the job. No ncclCommAbort: it waits until every graph that captured the communicator's operations
+ * is gone, and nobody here can drop those while the device hangs. The process ends at once, and the driver
+ * takes its kernels away with it. */
 static _Noreturn void give_up(comm *c, int exit_code, const char *why) {
     struct nccl *n = c->sums_state;
     char text[400];
     snprintf(text, sizeof text, "rank %d on %s: NCCL operation %llu: %.200s: stopping all ranks",
              c->rank, n->host, (unsigned long long)n->number, why);
-    if (n->comm) n->lib.ncclCommAbort(n->comm);
     comm_abort(c, exit_code, text);
 }
 
@@ -182,6 +183,7 @@ static void release_windows(comm *c, struct nccl *n) {
     }
 }
 
+/* No graph holds the communicator any more (model_close): finalize and abort would wait for it for ever. */
 static void release(comm *c, struct nccl *n) {
     if (n->comm) release_windows(c, n);
     if (n->comm && n->lib.ncclCommFinalize) {

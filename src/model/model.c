@@ -136,6 +136,7 @@ enum status model_kv_new(model *m, int32_t page_count) {
 
 void model_close(model *m) {
     if (!m) return;
+    if (m->be->ops->run) m->be->ops->run->forget(m->be); /* before anybody closes m->c */
     free(m->layers);
     free(m->kv_of_head);
     free(m->kv_scales);

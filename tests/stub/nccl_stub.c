@@ -6,7 +6,8 @@
  * A collective copies the rank's numbers into its slot, waits for all, reads, waits again. Made without
  * blocking, as comm_nccl.c asks: init, finalize and the first collective answer ncclInProgress until they
  * have been asked twice. Wrong order (work before the communicator is ready, after an abort, destroy
- * without finalize) ends the process by abort().
+ * without finalize) ends the process by abort(). So does the end of a communicator, abort included, while a
+ * graph lives that captured one of its collectives: NCCL would wait for it for ever.
  *
  * NCCL_STUB, "WHAT:RANK": no-id | init | hang-init (never ready) | call:RANK (a collective is refused) |
  * async:RANK (the second collective fails later, on that rank) | hang (no answer to the second one) |
@@ -30,6 +31,7 @@ struct ncclComm {
     int left; /* times still in progress */
     ncclResult_t later;
     int ready, finalized, aborted;
+    int captured; /* collectives in living graphs */
     struct window {
         char *begin;
         size_t bytes;
@@ -232,12 +234,20 @@ static void do_later(void *context) {
                   : all_reduce(l->from, l->to, l->count, l->type, ncclSum, l->comm, l->stream);
     expect(result == ncclSuccess, "the first collective inside a graph");
 }
+static void drop_later(void *context) {
+    struct later *l = context;
+    l->comm->captured--;
+    free(l);
+}
 __attribute__((weak)) int cuda_stub_record(void *stream, void (*run)(void *), void (*drop)(void *),
                                            void *context);
 static int is_captured(struct later l) {
     struct later *kept = malloc(sizeof *kept);
     *kept = l;
-    if (cuda_stub_record && cuda_stub_record(l.stream, do_later, free, kept)) return 1;
+    if (cuda_stub_record && cuda_stub_record(l.stream, do_later, drop_later, kept)) {
+        l.comm->captured++;
+        return 1;
+    }
     free(kept);
     return 0;
 }
@@ -256,6 +266,7 @@ ncclResult_t ncclAllGather(const void *from, void *to, size_t count, ncclDataTyp
 
 ncclResult_t ncclCommFinalize(ncclComm_t c) {
     expect(c && c->ready && !c->finalized && !c->aborted && !has_windows(c), "finalize");
+    expect(c->captured == 0, "finalize while a graph holds collectives");
     c->finalized = 1;
     c->left = ASKED;
     return ncclInProgress;
@@ -275,6 +286,7 @@ ncclResult_t ncclCommDestroy(ncclComm_t c) {
 
 ncclResult_t ncclCommAbort(ncclComm_t c) {
     expect(c && !c->aborted, "abort");
+    expect(c->captured == 0, "abort while a graph holds collectives");
     c->aborted = 1;
     forget(c);
     return ncclSuccess;
