@@ -51,6 +51,12 @@ static enum comm_kind kind_of(const char *name) {
                                         : COMM_AUTO;
 }
 
+static long watched;
+static void count_watches(void *user, double waited_seconds) {
+    (void)user, (void)waited_seconds;
+    watched++;
+}
+
 int suite_setup(int *argc, char ***argv) {
     static struct model_config config;
     log_init(LOG_WARN, false);
@@ -97,6 +103,7 @@ int suite_setup(int *argc, char ***argv) {
                       model_vocab_local_max(toy));
     must(comm_setup(job, &sizes));
     must(model_kv_new(toy, PAGES));
+    if (!be->watch) be->watch = count_watches;
     return 0;
 }
 
@@ -197,6 +204,18 @@ static struct request request_of(int i) {
     return r;
 }
 
+/* One tick. A step that decided on the device is watched before anybody acts on it. */
+static bool tick(void) {
+    struct engine_counters before, after;
+    const long watches = watched;
+    engine_counters_get(live, &before);
+    const bool more = engine_tick(live);
+    engine_counters_get(live, &after);
+    if (be->watch == count_watches && after.run_steps > before.run_steps)
+        CU_ASSERT(watched > watches);
+    return more;
+}
+
 /* Runs requests [from, to) and closes the engine. */
 static struct engine_counters run(int from, int to, int seqs, int steps, int ahead,
                                   struct told *into) {
@@ -215,7 +234,7 @@ static struct engine_counters run(int from, int to, int seqs, int steps, int ahe
         into[i] = (struct told){.cancel_at = i == 0 ? 9 : 0};
         must(engine_submit(live, &r));
     }
-    while (open_count > 0 && engine_tick(live)) continue;
+    while (open_count > 0 && tick()) continue;
     engine_stop(live);
     cuda_stub_seal(0);
     engine_counters_get(live, &counters);

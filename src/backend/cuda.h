@@ -79,7 +79,8 @@ struct cuda_run {
     struct batch shape; /* of a step, for the verbs: counts only */
     int context_max;
     uint64_t first_stamp, next_stamp; /* of the run's first step; of the one queued next */
-    struct cuda_graph *graph;         /* of the shape; NULL: no room for one */
+    uint64_t watched_stamp;   /* the latest step that was watched after its answers had come */
+    struct cuda_graph *graph; /* of the shape; NULL: no room for one */
     struct cuda_graph graphs[CUDA_GRAPHS_MAX];
     int graph_count;
 };

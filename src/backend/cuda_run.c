@@ -364,6 +364,15 @@ static void run_decide(backend *b, const struct batch *batch) {
 
 /* ---- answers ---- */
 
+/* A step whose sums were given up half-way is stamped like any other: whoever made them is asked before
+ * its answers go out, once a step. */
+static void watch_once(backend *b, uint64_t stamp, double waited_seconds) {
+    struct cuda_run *run = &cuda_of(b)->run;
+    if (stamp <= run->watched_stamp) return;
+    if (b->watch) b->watch(b->watch_user, waited_seconds);
+    run->watched_stamp = stamp;
+}
+
 static const struct run_answer *run_answer(backend *b, int step, int row) {
     struct cuda *cuda = cuda_of(b);
     const struct cuda_run *run = &cuda->run;
@@ -374,7 +383,10 @@ static const struct run_answer *run_answer(backend *b, int step, int row) {
            run->next_stamp - stamp <= RUN_AHEAD_MAX);
     const double start = cuda_seconds();
     for (unsigned polls = 0;; polls++) {
-        if (__atomic_load_n(&answer->stamp, __ATOMIC_ACQUIRE) == stamp) return answer;
+        if (__atomic_load_n(&answer->stamp, __ATOMIC_ACQUIRE) == stamp) {
+            watch_once(b, stamp, cuda_seconds() - start);
+            return answer;
+        }
         if (polls < SPIN_POLLS) continue;
         const cudaError_t state = cudaStreamQuery(cuda->stream);
         if (state == cudaSuccess && __atomic_load_n(&answer->stamp, __ATOMIC_ACQUIRE) != stamp)
