@@ -299,7 +299,33 @@ static void test_alone(void) {
     }
 }
 
+/* It goes through all three ways of a step of a run and leaves nothing behind. */
+static void test_warm_up(void) {
+    const struct engine_options o = options_of(SEQS, 8, 2);
+    long before, after, nodes;
+    be->ops->run->forget(be);
+    cuda_stub_launches(&before, &nodes);
+    if (comm_rank(job) == 0) {
+        struct engine_counters counters;
+        const struct engine_counters none = {.pages_free = PAGES};
+        must(engine_new(toy, job, &o, on_event, NULL, &live));
+        engine_warm_up(live);
+        engine_counters_get(live, &counters);
+        CU_ASSERT(suite_equal_bytes("counters", &counters, &none, sizeof none));
+        CU_ASSERT(!engine_tick(live));
+        engine_stop(live);
+        engine_free(live);
+    } else {
+        engine_follow(toy, job, &o);
+    }
+    cuda_stub_launches(&after, &nodes);
+    CHECK_EQ(after - before, capturable() ? 2 : 0);
+    run(0, 4, SEQS, 8, 2, got);
+    check_told(0, 4);
+}
+
 const struct suite_case suite_cases[] = {{"the set, decided on the host", test_reference},
                                          {"decided on the device, beside one another", test_batch},
                                          {"decided on the device, alone", test_alone},
+                                         {"warm-up", test_warm_up},
                                          {NULL, NULL}};

@@ -47,7 +47,7 @@ void run_tick(struct engine *e);
 void run_forget(struct engine *e, const struct sequence *s);
 /* Rank 0: ends it without waiting for its sequences; what was launched is still read. */
 void run_stop(struct engine *e);
-/* Other ranks: the whole run of a plan. */
+/* Other ranks, and a warm-up: the whole run of a plan, whose answers nobody settles. */
 void run_follow(struct step_rank *r, struct run *run, uint64_t number, const struct batch *batch,
                 const struct plan_run *plan);
 
