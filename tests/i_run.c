@@ -299,6 +299,23 @@ static void test_alone(void) {
     }
 }
 
+/* The last rank's device has no memory for graphs: it queues what the others launch. */
+static void test_no_graphs(void) {
+    const bool mine = comm_rank(job) == comm_size(job) - 1;
+    for (int where = 1; where <= 2; where++) {
+        long before, after, nodes;
+        be->ops->run->forget(be);
+        cuda_stub_launches(&before, &nodes);
+        if (mine) cuda_stub_refuse_graphs(where);
+        run(0, REQUESTS, SEQS, 8, 2, got);
+        cuda_stub_refuse_graphs(0);
+        cuda_stub_launches(&after, &nodes);
+        check_told(0, REQUESTS);
+        CU_ASSERT(mine ? after == before : !capturable() || after > before);
+    }
+    be->ops->run->forget(be);
+}
+
 /* It goes through all three ways of a step of a run and leaves nothing behind. */
 static void test_warm_up(void) {
     const struct engine_options o = options_of(SEQS, 8, 2);
@@ -327,5 +344,6 @@ static void test_warm_up(void) {
 const struct suite_case suite_cases[] = {{"the set, decided on the host", test_reference},
                                          {"decided on the device, beside one another", test_batch},
                                          {"decided on the device, alone", test_alone},
+                                         {"a rank without graphs", test_no_graphs},
                                          {"warm-up", test_warm_up},
                                          {NULL, NULL}};

@@ -104,7 +104,9 @@ struct run_ops {
     bool (*replay)(backend *b);
     /* From here on work is recorded, not done. False: this shape has to be run once before. */
     bool (*capture)(backend *b);
-    void (*captured)(backend *b); /* ... up to here: keeps the graph, and launches it */
+    /* ... up to here: keeps the graph, and launches it. False: the device has no memory for one; nothing was
+     * done, and this shape is not captured again. */
+    bool (*captured)(backend *b);
     const struct batch *(*step)(backend *b);
     struct run_exchange (*candidates)(backend *b, const struct batch *batch, const float *logits,
                                       int slab_count, const int64_t *vocab_begin,

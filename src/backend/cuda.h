@@ -49,7 +49,8 @@ struct cuda_batch {
 /* A whole step of a run, by shape. exec NULL: not captured yet. */
 struct cuda_graph {
     int32_t rows, candidate_count, context_max;
-    bool seen; /* was run once, kernel by kernel */
+    bool seen;  /* was run once, kernel by kernel */
+    bool never; /* there was no memory for its graph */
     cudaGraphExec_t exec;
 };
 

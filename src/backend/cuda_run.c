@@ -18,6 +18,7 @@
 
 #include "backend/cuda.h"
 #include "base/alloc_watch.h"
+#include "base/log.h"
 
 enum { WATCHED = 1, CONTEXT_MIN = 1024, SPIN_POLLS = 2000 };
 
@@ -285,7 +286,7 @@ static bool run_replay(backend *b) {
 static bool run_capture(backend *b) {
     struct cuda *cuda = cuda_of(b);
     struct cuda_graph *graph = cuda->run.graph;
-    if (!graph) return false;
+    if (!graph || graph->never) return false;
     if (!graph->seen) {
         graph->seen = true;
         return false;
@@ -295,16 +296,41 @@ static bool run_capture(backend *b) {
     return true;
 }
 
-static void run_captured(backend *b) {
+/* Makes the graph and sends it to the device. False: there is no memory for it. */
+static bool make_graph(struct cuda *cuda, struct cuda_graph *graph, cudaGraph_t captured) {
+    cudaError_t error = cudaGraphInstantiate(&graph->exec, captured, 0);
+    if (error == cudaErrorMemoryAllocation) graph->exec = NULL;
+    if (error == cudaSuccess) error = cudaGraphUpload(graph->exec, cuda->stream);
+    if (error == cudaSuccess) return true;
+    if (error != cudaErrorMemoryAllocation) cuda_must((int)error, "graph of a step");
+    cudaGetLastError(); /* a launcher would take it for its own */
+    if (graph->exec) cuda_must((int)cudaGraphExecDestroy(graph->exec), "graph of a step");
+    graph->exec = NULL;
+    graph->never = true;
+    return false;
+}
+
+static bool run_captured(backend *b) {
     struct cuda *cuda = cuda_of(b);
-    struct cuda_graph *graph = cuda->run.graph;
+    struct cuda_run *run = &cuda->run;
     const bool counted = alloc_watch_thread(false); /* the driver's own memory for a graph */
     cudaGraph_t captured = NULL;
     cuda_must((int)cudaStreamEndCapture(cuda->stream, &captured), "capture of a step");
-    cuda_must((int)cudaGraphInstantiate(&graph->exec, captured, 0), "graph of a step");
+    const bool made = make_graph(cuda, run->graph, captured);
     cuda_must((int)cudaGraphDestroy(captured), "graph of a step");
     alloc_watch_thread(counted);
-    cuda_must((int)cudaGraphLaunch(graph->exec, cuda->stream), "graph of a step");
+    if (made) {
+        cuda_must((int)cudaGraphLaunch(run->graph->exec, cuda->stream), "graph of a step");
+        return true;
+    }
+    run->next_stamp--; /* `step` comes again */
+    static bool told;
+    if (!told)
+        log_warn(
+            "no memory on the GPU for a graph of %d rows: such steps are queued kernel by kernel",
+            run->graph->rows);
+    told = true;
+    return false;
 }
 
 static const struct batch *run_step(backend *b) {

@@ -4,7 +4,8 @@
  *
  * The same on every rank, in the order of one stream, so that it may be captured: a graph per shape of
  * step (rows, records, context), made when the shape comes a second time, and launched from then on.
- * Where sums of device memory pass the host it is queued anew each time.
+ * Where sums of device memory pass the host, or a rank's device has no memory for a graph, it is queued anew
+ * each time.
  *
  * Thread: engine. Memory: the backend's, taken when it was opened.
  */
@@ -16,19 +17,25 @@ void model_run_begin(model *m, const struct batch *first, const struct run_row *
     m->be->ops->run->begin(m->be, first, rows);
 }
 
-void model_run_step(model *m) {
+static void queue_step(model *m) {
     backend *be = m->be;
     const struct run_ops *run = be->ops->run;
-    const bool capturable = comm_capturable(m->c);
-    if (capturable && run->replay(be)) return;
-    const bool captured = capturable && run->capture(be);
     const struct batch *batch = run->step(be);
     model_forward(m, batch);
     const struct run_exchange records = run->candidates(
         be, batch, m->logits, m->shard.slab_count, m->shard.vocab_begin, m->options.vocab_count);
     comm_all_gather(m->c, records.mine, records.bytes, records.all);
     run->decide(be, batch);
-    if (captured) run->captured(be);
+}
+
+void model_run_step(model *m) {
+    const struct run_ops *run = m->be->ops->run;
+    const bool capturable = comm_capturable(m->c);
+    if (capturable && run->replay(m->be)) return;
+    const bool captured = capturable && run->capture(m->be);
+    queue_step(m);
+    /* other ranks may launch theirs: the same work in the same order */
+    if (captured && !run->captured(m->be)) queue_step(m);
 }
 
 const struct run_answer *model_run_answer(model *m, int step, int row) {

@@ -60,6 +60,7 @@ cudaError_t cudaStreamSynchronize(cudaStream_t stream);
 cudaError_t cudaStreamBeginCapture(cudaStream_t stream, enum cudaStreamCaptureMode mode);
 cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t *out);
 cudaError_t cudaGraphInstantiate(cudaGraphExec_t *out, cudaGraph_t graph, unsigned long long flags);
+cudaError_t cudaGraphUpload(cudaGraphExec_t exec, cudaStream_t stream);
 cudaError_t cudaGraphDestroy(cudaGraph_t graph);
 cudaError_t cudaGraphExecDestroy(cudaGraphExec_t exec);
 cudaError_t cudaGraphLaunch(cudaGraphExec_t exec, cudaStream_t stream);
@@ -88,6 +89,8 @@ cudaError_t cudaIpcCloseMemHandle(void *memory);
 int cuda_stub_record(void *stream, void (*run)(void *), void (*drop)(void *), void *context);
 /* From now on (until sealed == 0) taking or giving back memory ends the program. */
 void cuda_stub_seal(int sealed);
+/* From now on there is no memory to make a graph (1), or none to send it to the device (2); 0: there is. */
+void cuda_stub_refuse_graphs(int where);
 /* Graphs launched, and kernels, copies and collectives in them, so far. */
 void cuda_stub_launches(long *graphs, long *nodes);
 

@@ -82,7 +82,7 @@ struct CUgraphExec_st {
 };
 static struct CUgraph_st *captured;
 static void *captured_stream;
-static int sealed;
+static int sealed, refused;
 static long graph_launches, graph_nodes;
 /* cuda_fibre.cpp: asked for every launch */
 extern int (*fibre_record)(void *stream, void (*run)(void *), void (*drop)(void *), void *context);
@@ -140,9 +140,12 @@ static void disown(struct CUgraph_st *graph) {
     free(graph->nodes);
     free(graph);
 }
+void cuda_stub_refuse_graphs(int where) { refused = where; }
 cudaError_t cudaGraphInstantiate(cudaGraphExec_t *out, cudaGraph_t graph,
                                  unsigned long long flags) {
     expect(flags == 0 && graph->count > 0, "an empty graph");
+    *out = (cudaGraphExec_t)-1; /* not to be looked at */
+    if (refused == 1) return cudaErrorMemoryAllocation;
     *out = malloc(sizeof **out);
     (*out)->graph = graph;
     graph->owners++;
@@ -156,6 +159,11 @@ cudaError_t cudaGraphExecDestroy(cudaGraphExec_t exec) {
     disown(exec->graph);
     free(exec);
     return cudaSuccess;
+}
+cudaError_t cudaGraphUpload(cudaGraphExec_t exec, cudaStream_t stream) {
+    not_in_capture("the upload of a graph");
+    expect(exec && stream, "the upload of a graph");
+    return refused == 2 ? cudaErrorMemoryAllocation : cudaSuccess;
 }
 cudaError_t cudaGraphLaunch(cudaGraphExec_t exec, cudaStream_t stream) {
     not_in_capture("the launch of a graph");
