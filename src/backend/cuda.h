@@ -84,6 +84,7 @@ struct cuda_run {
     struct cuda_graph *graph; /* of the shape; NULL: no room for one */
     struct cuda_graph graphs[CUDA_GRAPHS_MAX];
     int graph_count;
+    bool counted; /* before a capture: whether this thread's allocations count */
 };
 
 struct matrix {

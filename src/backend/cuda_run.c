@@ -291,6 +291,8 @@ static bool run_capture(backend *b) {
         graph->seen = true;
         return false;
     }
+    /* the driver takes memory of its own for every node, until there is a graph */
+    cuda->run.counted = alloc_watch_thread(false);
     cuda_must((int)cudaStreamBeginCapture(cuda->stream, cudaStreamCaptureModeThreadLocal),
               "capture of a step");
     return true;
@@ -313,12 +315,11 @@ static bool make_graph(struct cuda *cuda, struct cuda_graph *graph, cudaGraph_t 
 static bool run_captured(backend *b) {
     struct cuda *cuda = cuda_of(b);
     struct cuda_run *run = &cuda->run;
-    const bool counted = alloc_watch_thread(false); /* the driver's own memory for a graph */
     cudaGraph_t captured = NULL;
     cuda_must((int)cudaStreamEndCapture(cuda->stream, &captured), "capture of a step");
     const bool made = make_graph(cuda, run->graph, captured);
     cuda_must((int)cudaGraphDestroy(captured), "graph of a step");
-    alloc_watch_thread(counted);
+    alloc_watch_thread(run->counted);
     if (made) {
         cuda_must((int)cudaGraphLaunch(run->graph->exec, cuda->stream), "graph of a step");
         return true;

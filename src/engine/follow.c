@@ -15,7 +15,7 @@ void engine_follow(model *m, comm *c, const struct engine_options *options) {
     struct run run = {0};
     if (step_init(&r, m, c, options) != STATUS_OK || run_init(&run, &r.limits) != STATUS_OK)
         comm_abort(c, STATUS_MEMORY, fail_text());
-    alloc_watch_begin();
+    bool counting = false;
     for (;;) {
         const void *bytes;
         const size_t n = comm_bcast(c, NULL, 0, &bytes);
@@ -27,6 +27,9 @@ void engine_follow(model *m, comm *c, const struct engine_options *options) {
         if (plan_view(bytes, n, &r.limits, &kind, &step, &probe, &batch, &run_plan) != STATUS_OK)
             comm_abort(c, STATUS_COMM, fail_text());
         progress_at_step(step);
+        /* a warm-up and the first step have number 0: what they take is not counted */
+        if (step > 0 && !counting) alloc_watch_begin();
+        counting |= step > 0;
         if (kind == PLAN_STOP) break;
         if (kind == PLAN_STEP) step_forward(&r, &batch);
         if (kind == PLAN_FETCH) step_fetch(&r, &batch, probe);
