@@ -28,7 +28,16 @@ struct subject {
     int64_t rows, cols;
     float *weights, *inputs; /* as the device has them: bf16 */
     void *in, *out;
+    int64_t workspace; /* scratch there should be once it is ready, in and out apart */
 };
+
+static const struct kv_spec pool = {.layers = 1,
+                                    .heads = 1,
+                                    .kv_heads = 1,
+                                    .head_dim = 16,
+                                    .positions_max = 64,
+                                    .page_count = 2,
+                                    .dtype = BACKEND_BF16};
 
 /* A column matrix of up to 256 columns as codes, one scale for each 128 rows and columns. */
 static void send_fp8(const struct subject *s) {
@@ -62,6 +71,9 @@ static void open_typed(struct subject *s, enum backend_dtype dtype, enum matrix_
                                      .cols = cols,
                                      .slab_count = kind == MATRIX_ROW ? SLABS : 0,
                                      .slab_begin = kind == MATRIX_ROW ? slabs : NULL};
+    s->workspace =
+        (int64_t)s->be->scratch_bytes +
+        s->be->ops->workspace_bytes(s->be, &(const struct matrix_spec *){&spec}, 1, &pool);
     CHECK_EQ(s->be->ops->matrix_new(s->be, &spec, &s->m), STATUS_OK);
     s->weights = calloc((size_t)(parts * rows * cols), sizeof *s->weights);
     s->inputs = calloc((size_t)(ROWS * cols), sizeof *s->inputs);
@@ -86,15 +98,7 @@ static void open_subject(struct subject *s, enum matrix_kind kind, int64_t rows,
     open_typed(s, BACKEND_BF16, kind, rows, cols, gemm);
 }
 
-static enum status ready(struct subject *s) {
-    return s->be->ops->kv_new(s->be, &(struct kv_spec){.layers = 1,
-                                                       .heads = 1,
-                                                       .kv_heads = 1,
-                                                       .head_dim = 16,
-                                                       .positions_max = 64,
-                                                       .page_count = 1,
-                                                       .dtype = BACKEND_BF16});
-}
+static enum status ready(struct subject *s) { return s->be->ops->kv_new(s->be, &pool); }
 
 static void close_subject(struct subject *s) {
     s->be->ops->close(s->be);
@@ -179,6 +183,7 @@ static void numbers_are_right(void) {
             cuda_lt_scratch_bytes = small ? SMALL : LARGE;
             open_subject(&s, cases[i].kind, cases[i].rows, cases[i].cols, GEMM_LT);
             CHECK_EQ(ready(&s), STATUS_OK);
+            CHECK_EQ(s.be->scratch_bytes - (size_t)(ROWS * (2 * s.cols + 4 * s.rows)), s.workspace);
             /* five runs to time each of two buckets, then three products */
             const long chunks = small ? cases[i].chunks : 1;
             CHECK_EQ(products_of(&s, few_and_many), 2 * 5 + 3 * chunks);
@@ -220,6 +225,7 @@ static void choices_are_kept(void) {
     close_subject(&s);
     open_subject(&s, MATRIX_COLUMN, 50, 32, GEMM_OWN);
     CHECK_EQ(ready(&s), STATUS_OK);
+    CHECK_EQ(s.be->scratch_bytes - (size_t)(ROWS * (2 * s.cols + 4 * s.rows)), s.workspace);
     CHECK_EQ(products_of(&s, few_and_many), -1);
     const struct backend_config exact = {.local_ranks = 1,
                                          .rows_max = ROWS,

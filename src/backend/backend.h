@@ -179,6 +179,11 @@ struct backend_ops {
     /* run(context, thread) once on each of the backend's host_threads threads. */
     void (*host_run)(backend *b, void (*run)(void *context, int thread), void *context);
     enum status (*kv_new)(backend *b, const struct kv_spec *spec);
+    /* Bytes that matrix_new and kv_new of a whole model take for the verbs, beside the matrices and the
+     * pages themselves; known before either. kv->page_count INT32_MAX: as many as fit. NULL: none worth
+     * counting. */
+    int64_t (*workspace_bytes)(backend *b, const struct matrix_spec *const *matrices, int count,
+                               const struct kv_spec *kv);
     /* Takes the memory of that part of the KV pages from the system, which otherwise is asked for it
      * when a page is first used. NULL: kv_new has it. */
     enum status (*kv_take)(backend *b, int part, int parts);

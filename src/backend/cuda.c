@@ -121,6 +121,13 @@ static int64_t cuda_free_bytes(backend *b) {
     return cudaMemGetInfo(&left, &all) == cudaSuccess ? (int64_t)left / cuda_of(b)->sharing : 0;
 }
 
+static int64_t cuda_workspace_bytes(backend *b, const struct matrix_spec *const *matrices,
+                                    int count, const struct kv_spec *kv) {
+    const struct cuda *cuda = cuda_of(b);
+    return (int64_t)(cuda_matrix_workspace_bytes(cuda, matrices, count) +
+                     cuda_kv_workspace_bytes(cuda, kv) + cuda_lt_workspace_bytes(cuda));
+}
+
 static void cuda_tree_sum(backend *b, const float *gathered, int ranks, size_t count, float *sum) {
     cuda_must(kernels_rank_tree(cuda_of(b)->stream, (int64_t)count, ranks, gathered, sum),
               "sum over ranks");
@@ -261,6 +268,7 @@ static const struct backend_ops cuda_ops = {
     .upload = &cuda_upload_ops,
     .host_run = cuda_host_run,
     .kv_new = cuda_kv_new,
+    .workspace_bytes = cuda_workspace_bytes,
     .begin = cuda_begin,
     .embed_mix = cuda_embed_mix,
     .add_norm = cuda_add_norm,

@@ -142,6 +142,9 @@ void cuda_wait(struct cuda *cuda);
 /* cuda_matrix.c */
 void cuda_matrices_close(struct cuda *cuda);
 enum status cuda_matrix_new(backend *b, const struct matrix_spec *spec, matrix **out);
+/* Of the products and of the candidates. */
+size_t cuda_matrix_workspace_bytes(const struct cuda *cuda,
+                                   const struct matrix_spec *const *matrices, int count);
 void cuda_matrix_load(backend *b, matrix *m, int part, int64_t row_begin, int64_t row_count,
                       const float *rows);
 
@@ -166,6 +169,8 @@ void cuda_probe_logits(backend *b, const struct batch *batch, int probe, const f
 
 /* cuda_attention.c */
 enum status cuda_kv_new(backend *b, const struct kv_spec *spec);
+/* Of qkv and attention. */
+size_t cuda_kv_workspace_bytes(const struct cuda *cuda, const struct kv_spec *spec);
 void cuda_qkv(backend *b, const struct batch *batch, const struct attention_spec *spec,
               const void *h, float *q);
 void cuda_attention(backend *b, const struct batch *batch, const struct attention_spec *spec,
@@ -185,6 +190,7 @@ void cuda_run_close(struct cuda *cuda);
 enum status cuda_lt_open(struct cuda *cuda, enum backend_gemm gemm);
 enum status cuda_lt_tune(struct cuda *cuda);
 void cuda_lt_close(struct cuda *cuda);
+size_t cuda_lt_workspace_bytes(const struct cuda *cuda); /* that tune takes */
 /* As kernels_product (out fp32) or kernels_gate_up (out bf16). False: not a product for the library;
  * our own kernel has to do it. */
 bool cuda_lt_product(struct cuda *cuda, int rows, const struct kernels_matrix *m, const void *in,

@@ -12,7 +12,9 @@ enum { ATTENTION_BYTES_MAX = 256 << 20 }; /* of the workspace */
 
 /* Room for the splits of a step, when as many tokens as the pool has are read in splits; sharing of
  * pages can ask for more, and then the kernel divides the work more coarsely. */
-static size_t workspace_bytes(const struct kv_spec *spec, int rows, int tiles) {
+static size_t attention_bytes(const struct kv_spec *spec, int rows) {
+    /* query heads of a kv head may be cut by a rank's border: one tile more */
+    const int tiles = spec->heads / KERNELS_HEADS_TILE + spec->kv_heads + 1;
     const int pages_a_split = KERNELS_SPLIT_TOKENS / KERNELS_PAGE_TOKENS;
     const int64_t all = (int64_t)rows * (spec->positions_max / KERNELS_SPLIT_TOKENS + 1);
     const int64_t of_pool = spec->page_count / pages_a_split + rows;
@@ -22,6 +24,20 @@ static size_t workspace_bytes(const struct kv_spec *spec, int rows, int tiles) {
                             : kernels_attention_workspace_bytes((int)splits, tiles, spec->head_dim,
                                                                 KERNELS_SPLIT_TOKENS);
     return room < ATTENTION_BYTES_MAX ? room : ATTENTION_BYTES_MAX;
+}
+
+static size_t raw_bytes(const struct kv_spec *spec, int rows) {
+    return sizeof(float) * (size_t)rows * (size_t)(spec->heads + 2 * spec->kv_heads) *
+           (size_t)spec->head_dim;
+}
+
+static size_t scales_bytes(const struct kv_spec *spec) {
+    return sizeof(float) * 2 * (size_t)spec->layers * (size_t)spec->kv_heads;
+}
+
+size_t cuda_kv_workspace_bytes(const struct cuda *cuda, const struct kv_spec *spec) {
+    return raw_bytes(spec, cuda->rows_max) + attention_bytes(spec, cuda->rows_max) +
+           (spec->dtype == BACKEND_FP8 ? scales_bytes(spec) : 0);
 }
 
 enum status cuda_kv_new(backend *b, const struct kv_spec *spec) {
@@ -53,21 +69,16 @@ enum status cuda_kv_new(backend *b, const struct kv_spec *spec) {
     b->scratch_bytes = scratch;
     b->kv_bytes += bytes;
     if (spec->dtype == BACKEND_FP8 && spec->scales) {
-        const size_t scales_bytes =
-            sizeof(float) * 2 * (size_t)spec->layers * (size_t)spec->kv_heads;
-        float *scales = b->ops->alloc(b, scales_bytes, "scales of the KV cache");
+        float *scales = b->ops->alloc(b, scales_bytes(spec), "scales of the KV cache");
         if (!scales) return STATUS_MEMORY;
-        TRY(b->ops->write(b, scales, spec->scales, scales_bytes));
+        TRY(b->ops->write(b, scales, spec->scales, scales_bytes(spec)));
         kv.scales = scales;
     }
     cuda->kv = kv;
 
-    const size_t width = (size_t)(spec->heads + 2 * spec->kv_heads) * (size_t)spec->head_dim;
-    TRY(cuda_grow(cuda, &cuda->raw, sizeof(float) * (size_t)cuda->rows_max * width,
+    TRY(cuda_grow(cuda, &cuda->raw, raw_bytes(spec, cuda->rows_max),
                   "queries, keys and values of a step"));
-    /* query heads of a kv head may be cut by a rank's border: one tile more */
-    const int tiles = spec->heads / KERNELS_HEADS_TILE + spec->kv_heads + 1;
-    TRY(cuda_grow(cuda, &cuda->attention, workspace_bytes(spec, cuda->rows_max, tiles),
+    TRY(cuda_grow(cuda, &cuda->attention, attention_bytes(spec, cuda->rows_max),
                   "workspace of the attention"));
     return cuda_lt_tune(cuda);
 }

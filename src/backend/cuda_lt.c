@@ -270,6 +270,10 @@ static bool add_shape(struct cuda *cuda, const struct kernels_matrix *m) {
     return false;
 }
 
+size_t cuda_lt_workspace_bytes(const struct cuda *cuda) {
+    return cuda->lt && cuda->rows_max > ROWS_OWN ? 2 * cuda_lt_scratch_bytes + WORKSPACE_BYTES : 0;
+}
+
 static bool take_scratch(struct cuda *cuda) {
     struct cuda_lt *lt = cuda->lt;
     return cuda_grow(cuda, &lt->weights, cuda_lt_scratch_bytes, "unpacked weights") == STATUS_OK &&
@@ -396,6 +400,10 @@ enum status cuda_lt_open(struct cuda *cuda, enum backend_gemm gemm) {
                 "--gemm auto");
 }
 void cuda_lt_close(struct cuda *cuda) { (void)cuda; }
+size_t cuda_lt_workspace_bytes(const struct cuda *cuda) {
+    (void)cuda;
+    return 0;
+}
 enum status cuda_lt_tune(struct cuda *cuda) {
     (void)cuda;
     return STATUS_OK;

@@ -27,10 +27,34 @@ struct cuda_upload {
     size_t slot_bytes;
 };
 
-enum status cuda_matrix_new(backend *b, const struct matrix_spec *spec, matrix **out) {
+static bool shape_of(const struct matrix_spec *spec, struct kernels_matrix *out) {
     static const enum kernels_kind kinds[] = {[MATRIX_COLUMN] = KERNELS_COLUMN,
                                               [MATRIX_GATE_UP] = KERNELS_GATE_UP,
                                               [MATRIX_ROW] = KERNELS_ROW};
+    return kernels_matrix_shape(spec->dtype == BACKEND_FP8 ? KERNELS_FP8 : KERNELS_BF16,
+                                kinds[spec->kind], spec->rows, spec->cols, spec->slab_count,
+                                spec->slab_begin, out);
+}
+
+static size_t row_bytes(int64_t vocab) { return sizeof(float) * (size_t)vocab; }
+
+size_t cuda_matrix_workspace_bytes(const struct cuda *cuda,
+                                   const struct matrix_spec *const *matrices, int count) {
+    int row_tiles_max = 0;
+    int64_t vocab_max = 0;
+    for (int i = 0; i < count; i++) {
+        struct kernels_matrix shape;
+        if (!shape_of(matrices[i], &shape)) continue; /* matrix_new will refuse it */
+        if (shape.row_tiles > row_tiles_max) row_tiles_max = shape.row_tiles;
+        if (matrices[i]->kind == MATRIX_COLUMN && shape.rows > vocab_max) vocab_max = shape.rows;
+    }
+    const size_t products = kernels_product_workspace_bytes(row_tiles_max);
+    if (vocab_max == 0) return products;
+    return products + kernels_candidates_workspace_bytes(cuda->probes_max, vocab_max) +
+           row_bytes(vocab_max);
+}
+
+enum status cuda_matrix_new(backend *b, const struct matrix_spec *spec, matrix **out) {
     struct cuda *cuda = cuda_of(b);
     if (spec->dtype == BACKEND_F32) {
         return fail(STATUS_USAGE,
@@ -41,9 +65,7 @@ enum status cuda_matrix_new(backend *b, const struct matrix_spec *spec, matrix *
     m->next = cuda->matrices; /* freed by close, whatever comes next */
     cuda->matrices = m;
     m->lookup_only = spec->lookup_only;
-    if (!kernels_matrix_shape(spec->dtype == BACKEND_FP8 ? KERNELS_FP8 : KERNELS_BF16,
-                              kinds[spec->kind], spec->rows, spec->cols, spec->slab_count,
-                              spec->slab_begin, &m->shape)) {
+    if (!shape_of(spec, &m->shape)) {
         return fail(STATUS_USAGE,
                     "the CUDA kernels take matrices of at most %d slabs a rank: use more ranks or "
                     "a smaller --slabs",
@@ -64,8 +86,7 @@ enum status cuda_matrix_new(backend *b, const struct matrix_spec *spec, matrix *
         TRY(cuda_grow(cuda, &cuda->candidates,
                       kernels_candidates_workspace_bytes(cuda->probes_max, spec->rows),
                       "workspace of the candidates"));
-        TRY(cuda_grow(cuda, &cuda->whole_row, sizeof(float) * (size_t)spec->rows,
-                      "one row of logits"));
+        TRY(cuda_grow(cuda, &cuda->whole_row, row_bytes(spec->rows), "one row of logits"));
     }
     *out = m;
     return STATUS_OK;

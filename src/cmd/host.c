@@ -364,9 +364,9 @@ static enum status load_weights(struct host *h) {
     return host_phase(h, status, "weights", detail);
 }
 
-static enum status setup_comm(struct host *h) {
+struct comm_config host_comm_config(const struct host *h) {
     static const enum comm_kind kinds[] = {COMM_AUTO, COMM_MPI, COMM_NCCL, COMM_FUSED};
-    struct comm_config config = {
+    return (struct comm_config){
         .kind = kinds[h->params.comm],
         .slot_floats = (size_t)h->model_options.rows_max * (size_t)h->source->config.hidden,
         .timeout_seconds = h->params.collective_timeout,
@@ -374,6 +374,10 @@ static enum status setup_comm(struct host *h) {
         .tree_sums = h->params.deterministic,
         .stand_in_us = h->params.collective_us,
     };
+}
+
+static enum status setup_comm(struct host *h) {
+    struct comm_config config = host_comm_config(h);
     engine_comm_needs(&h->engine_options, &config.bcast_bytes_max, &config.gather_bytes_max,
                       model_vocab_local_max(h->model));
     if (config.gather_bytes_max < 4096) config.gather_bytes_max = 4096; /* the memory table below */

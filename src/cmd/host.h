@@ -85,6 +85,9 @@ void host_plan_backend(struct host *h);
 /* A backend of the chosen kind, planned so. Not collective. */
 enum status host_new_backend(const struct host *h, backend **out);
 
+/* What comm_setup is told, but for the bytes of plans and gathers. */
+struct comm_config host_comm_config(const struct host *h);
+
 /* host_text.c */
 enum status host_open_tokenizer(struct host *h);
 /* host_memory.c: max_model_len and page_count from the memory there is. Collective. */

@@ -60,10 +60,21 @@ static int64_t fixed_bytes(const struct host *h) {
     return h->need.weight_bytes + h->need.scratch_bytes + reserve;
 }
 
+/* Fills in need, of this rank. The slots of sums that model_need counts are in comm_device_bytes again:
+ * small beside the rest, and what is too much stays free. */
+static enum status plan_need(struct host *h) {
+    const struct comm_config sums = host_comm_config(h);
+    TRY(model_need(&h->source->config, &h->model_options, h->shard_ranks, h->shard_rank, &h->need));
+    h->need.scratch_bytes += model_workspace_bytes(&h->source->config, &h->model_options,
+                                                   h->shard_ranks, h->shard_rank, h->backend) +
+                             comm_device_bytes(h->comm, &sums);
+    return STATUS_OK;
+}
+
 /* Pages this rank can hold, and its own view of whether the model fits at all. */
 static enum status own_pages(struct host *h, int64_t *pages, int64_t *available) {
     const int local = comm_local_size(h->comm);
-    TRY(model_need(&h->source->config, &h->model_options, h->shard_ranks, h->shard_rank, &h->need));
+    TRY(plan_need(h));
     const struct backend_ops *ops = h->backend->ops;
     *available = ops->free_bytes ? ops->free_bytes(h->backend) : free_memory(local);
     const int64_t fixed = fixed_bytes(h);
@@ -140,8 +151,7 @@ enum status host_plan_memory(struct host *h) {
                  (long long)h->engine_options.max_model_len, (long long)fits);
         h->engine_options.max_model_len = fits;
         h->model_options.max_positions = (int)fits;
-        TRY(model_need(&h->source->config, &h->model_options, h->shard_ranks, h->shard_rank,
-                       &h->need));
+        TRY(plan_need(h));
     }
     h->engine_options.page_count = (int32_t)pages;
     h->facts.max_model_len = h->engine_options.max_model_len;

@@ -178,6 +178,24 @@ static enum status setup_auto(comm *c) {
 }
 #endif
 
+int64_t comm_device_bytes(const comm *c, const struct comm_config *config) {
+    int64_t most = config->device ? (int64_t)(config->slot_floats * sizeof(float)) : 0;
+    if (!config->device || c->size == 1) return most;
+#ifdef SFUMATO_WITH_CUDA
+    if (config->kind == COMM_AUTO || config->kind == COMM_FUSED) {
+        const int64_t fused = comm_fused_bytes(c, config);
+        if (fused > most) most = fused;
+    }
+#endif
+#ifdef SFUMATO_WITH_NCCL
+    if (config->kind == COMM_AUTO || config->kind == COMM_NCCL) {
+        const int64_t nccl = comm_nccl_bytes(c, config);
+        if (nccl > most) most = nccl;
+    }
+#endif
+    return most;
+}
+
 /* Which way device memory is summed. */
 static enum status setup_device(comm *c) {
     enum status status;

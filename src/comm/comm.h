@@ -71,6 +71,9 @@ int comm_agree_min(comm *c, int value);
 /* Rank 0's bytes to all, any size, before comm_setup (configuration, tokenizer facts). */
 void comm_share(comm *c, void *bytes, size_t n);
 
+/* Device memory that comm_setup takes with these sizes (gather_bytes_max does not matter), by the way
+ * that needs most where it is free to choose; NCCL's own is an estimate. */
+int64_t comm_device_bytes(const comm *c, const struct comm_config *config);
 /* Collective; takes all memory. STATUS_MEMORY or STATUS_COMM with the fix (/dev/shm, binding). */
 enum status comm_setup(comm *c, const struct comm_config *config);
 

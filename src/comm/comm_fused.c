@@ -155,12 +155,11 @@ static void fused_close(comm *c) {
 static size_t four(size_t n) { return (n + 3) / 4 * 4; }
 
 /* What the kernels are told, but for pointers. */
-static void plan(comm *c, struct fused *f, int sharing) {
+static struct kernels_peers plan(const comm *c, const struct comm_config *config, size_t gather,
+                                 int blocks) {
     const size_t most = one_shot_bytes_max(c->size) / sizeof(float);
-    const size_t slot = four(c->config.slot_floats), gather = c->config.gather_bytes_max;
-    const int blocks = kernels_multiprocessors() / sharing;
-    f->way = COMM_WAY_BY_SIZE;
-    f->peers = (struct kernels_peers){
+    const size_t slot = four(config->slot_floats);
+    return (struct kernels_peers){
         .rank = c->rank,
         .ranks = c->size,
         .buffers = BUFFERS,
@@ -172,11 +171,20 @@ static void plan(comm *c, struct fused *f, int sharing) {
     };
 }
 
+static size_t region_bytes(const struct kernels_peers *peers) {
+    return (kernels_peers_bytes(peers) + PIECE_BYTES - 1) / PIECE_BYTES * PIECE_BYTES;
+}
+
+int64_t comm_fused_bytes(const comm *c, const struct comm_config *config) {
+    if (c->size > KERNELS_PEERS_MAX) return 0;
+    const struct kernels_peers peers = plan(c, config, GATHER_BYTES_MAX, kernels_multiprocessors());
+    return (int64_t)region_bytes(&peers);
+}
+
 static enum status take_memory(comm *c, struct fused *f) {
     backend *be = c->config.device;
     void *seen = NULL;
-    f->region_bytes =
-        (kernels_peers_bytes(&f->peers) + PIECE_BYTES - 1) / PIECE_BYTES * PIECE_BYTES;
+    f->region_bytes = region_bytes(&f->peers);
     if (cudaMalloc(&f->region, f->region_bytes) != cudaSuccess) {
         cudaGetLastError();
         f->region = NULL;
@@ -235,7 +243,9 @@ static enum status connect(comm *c, struct fused *f) {
             "tests only",
             first, second);
     }
-    plan(c, f, sharing);
+    const int blocks = kernels_multiprocessors() / sharing;
+    f->way = COMM_WAY_BY_SIZE;
+    f->peers = plan(c, &c->config, c->config.gather_bytes_max, blocks);
     TRY(comm_agree(c, take_memory(c, f)));
     const cudaError_t error = cudaIpcGetMemHandle(&own, f->region);
     if (error != cudaSuccess) cudaGetLastError();

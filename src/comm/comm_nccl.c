@@ -30,6 +30,7 @@
 #include "comm/comm_path.h"
 
 enum { INIT_SECONDS = 120, CLOSE_SECONDS = 5 };
+enum { LIBRARY_BYTES = 512 << 20 }; /* what NCCL takes for itself; it does not say */
 static const char library_name[] = "libnccl.so.2";
 
 /* The calls that are used: name and type come from nccl.h. */
@@ -232,9 +233,13 @@ static enum status load_library(struct nccl *n, int *version) {
     return STATUS_OK;
 }
 
+static size_t windowed(size_t bytes) {
+    return (bytes + WINDOW_ALIGN - 1) / WINDOW_ALIGN * WINDOW_ALIGN;
+}
+
 /* Device memory in a window; NULL when this library cannot. Collective, but for the answer. */
 static float *take_window(comm *c, struct nccl *n, struct window *w, size_t bytes) {
-    w->bytes = (bytes + WINDOW_ALIGN - 1) / WINDOW_ALIGN * WINDOW_ALIGN;
+    w->bytes = windowed(bytes);
     c->config.device->scratch_bytes += w->bytes;
     if (n->mem_alloc(&w->memory, w->bytes) != ncclSuccess) w->memory = NULL;
     if (comm_agree_min(c, w->memory != NULL) == 0) return NULL;
@@ -257,6 +262,12 @@ static bool take_windows(comm *c, struct nccl *n, size_t slot_bytes) {
     release_windows(c, n);
     n->slot = n->gathered = NULL;
     return false;
+}
+
+int64_t comm_nccl_bytes(const comm *c, const struct comm_config *config) {
+    const size_t slot = config->slot_floats * sizeof(float);
+    const size_t gathered = config->tree_sums ? slot * (size_t)c->size : 0;
+    return (int64_t)(windowed(slot) + windowed(gathered)) + LIBRARY_BYTES;
 }
 
 static enum status take_memory(comm *c, struct nccl *n) {

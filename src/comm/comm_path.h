@@ -108,6 +108,10 @@ enum status comm_device_setup(comm *c);
 enum status comm_nccl_setup(comm *c);
 enum status comm_fused_setup(comm *c); /* tries itself before it says OK */
 
+/* Device memory the two take. */
+int64_t comm_nccl_bytes(const comm *c, const struct comm_config *config);
+int64_t comm_fused_bytes(const comm *c, const struct comm_config *config);
+
 /* comm_gpu.c, collective. sharing: the largest number of ranks on one GPU; two of them when > 1.
  * reach: each rank's own status; OK when it may read and write the GPU memory of all others. */
 int comm_gpu_sharing(comm *c, int *first, int *second);

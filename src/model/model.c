@@ -1,8 +1,9 @@
 /* model.c: a model's life on one rank: what it needs, opening, the KV cache, closing.
  *
  * Owns the struct model and its buffers (backend memory, freed with the backend) and the small host
- * arrays freed in model_close. model_need must name every byte model_open and model_kv_new take: it
- * is what `inspect` prints and what start-up compares with the free memory.
+ * arrays freed in model_close. model_need must name every byte model_open and model_kv_new take, but for
+ * what a GPU's kernels work in (model_workspace_bytes): it is what `inspect` prints, and both are what
+ * start-up compares with the free memory.
  */
 #include <stdlib.h>
 
@@ -49,6 +50,29 @@ enum status model_need(const struct model_config *config, const struct model_opt
                          options->logit_rows_max * (hidden * act + shard_vocab_count(&shard) * 4) +
                          options->max_positions * hd * 4; /* RoPE */
     return STATUS_OK;
+}
+
+int64_t model_workspace_bytes(const struct model_config *config,
+                              const struct model_options *options, int ranks, int rank,
+                              backend *be) {
+    struct shard_dims dims;
+    shard_map shard;
+    struct layer_specs specs;
+    if (!be->ops->workspace_bytes) return 0;
+    config_shard_dims(config, &dims);
+    shard_map_init(&shard, &dims, options->slabs, ranks, rank);
+    weights_layer_specs(config, &shard, options->weight_dtype, &specs);
+    const struct matrix_spec vocab = weights_vocab_spec(config, &shard, options->weight_dtype);
+    const struct matrix_spec *const all[] = {&specs.qkv, &specs.o, &specs.gate_up, &specs.down,
+                                             &vocab};
+    const struct kv_spec kv = {.layers = config->layers,
+                               .heads = shard_head_count(&shard),
+                               .kv_heads = shard_kv_count(&shard),
+                               .head_dim = config->head_dim,
+                               .positions_max = options->max_positions,
+                               .page_count = INT32_MAX,
+                               .dtype = options->kv_dtype};
+    return be->ops->workspace_bytes(be, all, sizeof all / sizeof all[0], &kv);
 }
 
 static enum status take_buffers(model *m) {

@@ -40,6 +40,10 @@ struct model_need {
 };
 enum status model_need(const struct model_config *config, const struct model_options *options,
                        int ranks, int rank, struct model_need *out);
+/* Beside these, on a rank whose backend is open: what its kernels work in. After model_need was OK. */
+int64_t model_workspace_bytes(const struct model_config *config,
+                              const struct model_options *options, int ranks, int rank,
+                              backend *be);
 
 /* Loads this rank's shard. progress(user, done, total bytes) is called now and then on the calling
  * thread; NULL = silent. Not collective: bring the status to comm_agree afterwards. comm_setup must
