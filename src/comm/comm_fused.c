@@ -243,7 +243,8 @@ static enum status connect(comm *c, struct fused *f) {
             "tests only",
             first, second);
     }
-    const int blocks = kernels_multiprocessors() / sharing;
+    /* the region's borders and the rows of a block follow from it: the same on all ranks */
+    const int blocks = comm_agree_min(c, kernels_multiprocessors() / sharing);
     f->way = COMM_WAY_BY_SIZE;
     f->peers = plan(c, &c->config, c->config.gather_bytes_max, blocks);
     TRY(comm_agree(c, take_memory(c, f)));
