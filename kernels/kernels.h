@@ -56,6 +56,7 @@ enum {
     KERNELS_HEAD_DIM_MAX = 256,
     KERNELS_CANDIDATES_MAX = 64,
     KERNELS_RANKS_MAX = 64,
+    KERNELS_ROWS_MAX = 65535, /* of a step: the y of a grid */
 };
 enum kernels_mode { KERNELS_FAST, KERNELS_DETERMINISTIC };
 enum kernels_dtype { KERNELS_BF16, KERNELS_FP8 }; /* of weights */

@@ -228,6 +228,11 @@ static const struct backend_ops cuda_ops;
 
 enum status cuda_open(const struct backend_config *config, backend **out) {
     enum status status = STATUS_OK;
+    if (config->rows_max > KERNELS_ROWS_MAX) {
+        return fail(STATUS_USAGE,
+                    "--max-num-batched-tokens is %d: the CUDA kernels take at most %d rows a step",
+                    config->rows_max, (int)KERNELS_ROWS_MAX);
+    }
     struct cuda *cuda = calloc(1, sizeof *cuda);
     if (!cuda) return fail(STATUS_MEMORY, "no memory for the CUDA backend");
     cuda->base.ops = &cuda_ops;

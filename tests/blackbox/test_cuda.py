@@ -82,6 +82,13 @@ def test_a_cpu_option_is_not_ignored():
 
 
 @needs_emulation
+def test_more_rows_than_a_grid_has():
+    status, messages, _ = emulated("generate", "--model", str(TINY), "-p", "2+3", "--backend", "cuda", "--quiet",
+                                   "--max-num-batched-tokens", "65536")
+    assert status == 2 and "--max-num-batched-tokens" in messages[-1] and "65535" in messages[-1], messages
+
+
+@needs_emulation
 def test_nccl_needs_the_cuda_backend():
     status, messages, _ = emulated("selftest", "--comm", "nccl", "--quiet")
     assert status == 2 and "--comm nccl needs the CUDA backend" in messages[-1], messages
