@@ -4,9 +4,9 @@
  *
  * Works on any machine, with any number of ranks on one GPU, and gives the host path's bits (the
  * slab tree). Costs two copies over PCIe and a wait for the device per sum, so it is for tests and
- * for machines without NCCL. One rank copies on the device and waits for nothing.
+ * for machines without NCCL. One rank waits for nothing, and copies only where no norm follows.
  *
- * Knows the device only through four verbs of its backend (alloc, read, write, copy): no CUDA here.
+ * Knows the device only through verbs of its backend (alloc, read, write, copy, add_norm): no CUDA here.
  * Thread: engine. Memory: one slot on the device, one sum on the host, both taken in setup.
  */
 #include <stdlib.h>
@@ -42,6 +42,16 @@ static void staged_all_reduce(comm *c, size_t count, float *sum) {
     be->ops->read(be, c->path->slot(c), s->slot, bytes);
     c->path->all_reduce(c, count, (float *)(void *)s->host);
     put(c, sum, s->host, bytes);
+}
+
+/* One rank: its slot is the sum. */
+static bool staged_all_reduce_norm(comm *c, const struct comm_norm *norm) {
+    const struct staged *s = c->sums_state;
+    backend *be = c->config.device;
+    if (c->size > 1) return false;
+    be->ops->add_norm(be, norm->rows, norm->hidden, norm->first, norm->scale, s->slot, norm->x,
+                      norm->weight, norm->eps, norm->dtype, norm->h);
+    return true;
 }
 
 static void staged_all_gather(comm *c, const void *mine, size_t n, void *all) {
@@ -102,6 +112,7 @@ static const struct comm_sums staged_sums = {
     .name = "staged",
     .slot = staged_slot,
     .all_reduce = staged_all_reduce,
+    .all_reduce_norm = staged_all_reduce_norm,
     .all_gather = staged_all_gather,
     .capturable = staged_capturable,
     .close = staged_close,

@@ -60,7 +60,7 @@ struct comm_sums {
     void (*all_reduce)(comm *c, size_t count, float *sum);
     void (*all_gather)(comm *c, const void *mine, size_t n, void *all);
     bool (*capturable)(const comm *c);
-    /* NULL: all_reduce and add_norm. False: not with this dtype, nothing was done. */
+    /* NULL: all_reduce and add_norm. False: not with this dtype or so many ranks, nothing was done. */
     bool (*all_reduce_norm)(comm *c, const struct comm_norm *norm);
     int way_count; /* 0: only one */
     const char *const *way_names;
