@@ -215,6 +215,49 @@ static void fp8_weights(void) {
     free(out[1]);
 }
 
+/* The products of a layer all go to the library, q, k and v too. */
+static void attention(struct subject *s) {
+    static const int kv_of_head[] = {0};
+    static const int32_t pages[] = {0, 1};
+    const struct batch_segment segment = {.row_count = 70, .page_count = 2};
+    int32_t mix_begin[71];
+    uint32_t ids[70] = {0};
+    float weights[70] = {0}, q[70 * 16];
+    for (int i = 0; i <= 70; i++) mix_begin[i] = i;
+    const struct batch batch = {.row_count = 70,
+                                .segment_count = 1,
+                                .segments = &segment,
+                                .pages = pages,
+                                .mix_begin = mix_begin,
+                                .mix_ids = ids,
+                                .mix_weights = weights};
+    float *rope = s->be->ops->alloc(s->be, 70 * 8 * sizeof *rope, "tables of ones and zeros");
+    float ones[70 * 8];
+    for (int i = 0; i < 70 * 8; i++) ones[i] = 1;
+    CHECK_EQ(s->be->ops->write(s->be, rope, ones, sizeof ones), STATUS_OK);
+    const struct attention_spec spec = {
+        .qkv = s->m,
+        .heads = 1,
+        .kv_heads = 1,
+        .head_dim = 16,
+        .kv_of_head = kv_of_head,
+        .rope_cos = rope,
+        .rope_sin = s->be->ops->alloc(s->be, 70 * 8 * sizeof *rope, "sines")};
+    s->be->ops->begin(s->be, &batch);
+    s->be->ops->qkv(s->be, &batch, &spec, s->in, s->out);
+    s->be->ops->read(s->be, q, s->out, sizeof q);
+    for (int t = 0; t < 70; t++)
+        for (int i = 0; i < 16; i++) CU_ASSERT(fabs(q[t * 16 + i] - dot(s, t, i)) <= 1e-4);
+}
+
+static void qkv_too(void) {
+    struct subject s;
+    cuda_lt_scratch_bytes = 4 << 20;
+    open_subject(&s, MATRIX_COLUMN, 3 * 16, 32, GEMM_LT);
+    CHECK_EQ(ready(&s), STATUS_OK);
+    CHECK_EQ(products_of(&s, attention), 2 * 5 + 1);
+}
+
 /* auto: whoever is faster; right in either case. own, and --deterministic: never the library. */
 static void choices_are_kept(void) {
     struct subject s;
@@ -270,6 +313,7 @@ static void refusals_are_survived(void) {
 const struct suite_case suite_cases[] = {
     {"the library's products are right, in one chunk or several", numbers_are_right},
     {"fp8 weights: the product of our own kernel, but for a rounding", fp8_weights},
+    {"queries, keys and values", qkv_too},
     {"own kernels where they are asked for, and in deterministic mode", choices_are_kept},
     {"a library that refuses, late or from the start, is done without", refusals_are_survived},
     {NULL, NULL},

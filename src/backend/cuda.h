@@ -176,7 +176,9 @@ void cuda_qkv(backend *b, const struct batch *batch, const struct attention_spec
 void cuda_attention(backend *b, const struct batch *batch, const struct attention_spec *spec,
                     const float *q, enum backend_dtype dtype, void *o);
 
-/* cuda_products.c */
+/* cuda_products.c. product: out fp32, by whoever is faster. */
+void cuda_product(struct cuda *cuda, int rows, const matrix *w, const void *in, float *out,
+                  const char *what);
 void cuda_row_matmul(backend *b, int rows, const matrix *w, const void *in, float *partial);
 void cuda_gate_up(backend *b, int rows, const matrix *w, const void *h, void *act);
 void cuda_logits(backend *b, int rows, const matrix *w, const void *h, float *logits);

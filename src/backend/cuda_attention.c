@@ -125,9 +125,7 @@ void cuda_qkv(backend *b, const struct batch *batch, const struct attention_spec
                                         .rope_sin = spec->rope_sin};
     ASSERT_EQ(rows, cuda->batch.row_count);
     ASSERT_LE(sizeof(float) * (size_t)rows * (size_t)spec->qkv->shape.rows, cuda->raw.bytes);
-    cuda_must(kernels_product(cuda->stream, cuda->mode, rows, &spec->qkv->shape, h, cuda->raw.data,
-                              cuda->product.data),
-              "product of q, k and v");
+    cuda_product(cuda, rows, spec->qkv, h, cuda->raw.data, "product of q, k and v");
     cuda_must(kernels_heads_append(cuda->stream, rows, cuda->batch.rows, cuda->batch.pages, heads,
                                    cuda->kv, cuda->raw.data, q),
               "heads");

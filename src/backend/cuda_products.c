@@ -6,9 +6,8 @@
  */
 #include "backend/cuda.h"
 
-static void product(backend *b, int rows, const matrix *w, const void *in, float *out,
-                    const char *what) {
-    struct cuda *cuda = cuda_of(b);
+void cuda_product(struct cuda *cuda, int rows, const matrix *w, const void *in, float *out,
+                  const char *what) {
     if (rows == 0 || cuda_lt_product(cuda, rows, &w->shape, in, out)) return;
     cuda_must(
         kernels_product(cuda->stream, cuda->mode, rows, &w->shape, in, out, cuda->product.data),
@@ -16,11 +15,11 @@ static void product(backend *b, int rows, const matrix *w, const void *in, float
 }
 
 void cuda_row_matmul(backend *b, int rows, const matrix *w, const void *in, float *partial) {
-    product(b, rows, w, in, partial, "product over the rank's columns");
+    cuda_product(cuda_of(b), rows, w, in, partial, "product over the rank's columns");
 }
 
 void cuda_logits(backend *b, int rows, const matrix *w, const void *h, float *logits) {
-    product(b, rows, w, h, logits, "logits");
+    cuda_product(cuda_of(b), rows, w, h, logits, "logits");
 }
 
 void cuda_gate_up(backend *b, int rows, const matrix *w, const void *h, void *act) {
