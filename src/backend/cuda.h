@@ -113,7 +113,8 @@ struct cuda {
     cudaEvent_t batch_sent;
     struct cuda_run run;
     int kv_of_head[CUDA_HEADS_MAX], head_count; /* what tiles were made of */
-    struct kernels_tile *tiles;                 /* device, [CUDA_HEADS_MAX] */
+    struct kernels_tile host_tiles[CUDA_HEADS_MAX];
+    struct kernels_tile *tiles; /* the same on the device */
     int tile_count, tile_heads_max;
 
     int row_tiles_max;

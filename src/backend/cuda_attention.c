@@ -86,7 +86,7 @@ enum status cuda_kv_new(backend *b, const struct kv_spec *spec) {
 /* Runs of query heads that read one kv head; the same in every layer, so usually there is nothing
  * to do. */
 static void make_tiles(struct cuda *cuda, const struct attention_spec *spec) {
-    struct kernels_tile tiles[CUDA_HEADS_MAX];
+    struct kernels_tile *tiles = cuda->host_tiles; /* a copy may be made after we have returned */
     const size_t bytes = sizeof *spec->kv_of_head * (size_t)spec->heads;
     ASSERT_LE(spec->heads, CUDA_HEADS_MAX);
     if (cuda->head_count == spec->heads && memcmp(cuda->kv_of_head, spec->kv_of_head, bytes) == 0)
