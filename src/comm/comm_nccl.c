@@ -13,7 +13,7 @@
  * partials lie in one each: NCCL then reads and writes the peers' memory itself. A sum is made in
  * place, in the slot, and what follows reads it there.
  *
- * One GPU a rank. NCCL before 2.30 refuses two ranks on one; later ones allow it for tests
+ * One GPU a rank. NCCL before 2.30.3 refuses two ranks on one; later ones allow it for tests
  * (NCCL_MULTI_RANK_GPU_ENABLE=1).
  *
  * Thread: engine. Memory: a slot on the device; in tree order also [R][slot]. mpi.h stays out.
@@ -53,7 +53,7 @@ typedef ncclResult_t mem_free(void *memory);
 typedef ncclResult_t window_register(ncclComm_t comm, void *memory, size_t bytes, void **window,
                                      int flags);
 typedef ncclResult_t window_deregister(ncclComm_t comm, void *window);
-enum { WINDOW_SYMMETRIC = 1, WINDOW_ALIGN = 4096, WINDOWS = 2, SHARED_GPU_VERSION = 23000 };
+enum { WINDOW_SYMMETRIC = 1, WINDOW_ALIGN = 4096, WINDOWS = 2, SHARED_GPU_VERSION = 23003 };
 
 struct nccl {
     void *library;
@@ -288,7 +288,7 @@ static enum status check_sharing(comm *c, int version) {
     return fail(
         STATUS_USAGE,
         "--comm nccl: ranks %d and %d share a GPU, which NCCL %d.%d.%d does not allow: start "
-        "one rank a GPU, or use --comm mpi (for tests, NCCL 2.30 or later with "
+        "one rank a GPU, or use --comm mpi (for tests, NCCL 2.30.3 or later with "
         "NCCL_MULTI_RANK_GPU_ENABLE=1 NCCL_NVLS_ENABLE=0 NCCL_MAX_CTAS=4)",
         first, second, version / 10000, version / 100 % 100, version % 100);
 }

@@ -171,10 +171,11 @@ def test_nccl_refuses_two_ranks_on_a_gpu():
     assert status == 2, (status, messages)
     said = [line for line in messages if "ranks 0 and 1 share a GPU" in line]
     assert len(said) == 1 and "--comm mpi" in said[0], messages
-    # a library that can, and a user who says so; "2.28" does not
+    # a library that can, and a user who says so; "2.28" and 2.30.2 do not
     env |= {"NCCL_MULTI_RANK_GPU_ENABLE": "1"}
     assert emulated(*SMALL, "nccl", "--quiet", ranks=2, env=env)[0] == 2
-    got, messages, out = emulated(*SMALL, "nccl", "--quiet", ranks=2, env=env | {"NCCL_STUB": "version-23004"})
+    assert emulated(*SMALL, "nccl", "--quiet", ranks=2, env=env | {"NCCL_STUB": "version-23002"})[0] == 2
+    got, messages, out = emulated(*SMALL, "nccl", "--quiet", ranks=2, env=env | {"NCCL_STUB": "version-23003"})
     assert got == 0 and "communication nccl" in out, (messages, out)
 
 
