@@ -293,7 +293,8 @@ struct kernels_thinker {
 /* gathered: [ranks] times probe_count records, rank_bytes apart. probe -1: the thinker rests, and its
  * status says nothing. decisions[slot] for each of the `count` thinkers; states
  * move on. status[slot]: 1 decided, 0 the list was too short (state unchanged, ask for the whole
- * row), -1 the row has no finite maximum. */
+ * row), -1 the row has no finite maximum, KERNELS_IMPOSSIBLE - r: rank r's record cannot be. */
+enum { KERNELS_IMPOSSIBLE = -2 };
 int kernels_think(kernels_stream stream, int count, const struct kernels_thinker *thinkers,
                   struct kernels_probes batch, int ranks, const void *gathered, size_t rank_bytes,
                   const struct think_params *params, struct think_state *states,

@@ -97,6 +97,7 @@ static __global__ void __launch_bounds__(DECIDE_THREADS)
     __shared__ uint64_t scratch[DECIDE_THREADS / WARP];
     static_assert(sizeof(struct think_decision) % 4 == 0 && sizeof(struct think_state) % 4 == 0,
                   "copied and hashed by words");
+    static_assert((int)KERNELS_IMPOSSIBLE == (int)RUN_IMPOSSIBLE, "think's word for it");
     const int row = (int)blockIdx.x, tid = (int)threadIdx.x;
     struct kernels_slot *slot = &run.slots[row];
     const struct think_decision *d = &run.decisions[row];

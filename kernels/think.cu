@@ -5,6 +5,9 @@
  * ranks and runs think_step_row of src/think, the very code of the host. Every rank does this on
  * the same gathered bytes and comes to the same decision. No libm, no fused arithmetic: the bits
  * are the host's.
+ *
+ * Records come from other devices: one that cannot be (engine/merge.c has the same list, and the ranks' ids)
+ * decides nothing and is named, and nothing is read by a count that was not checked.
  */
 #include "backend/batch.h"
 #include "kernels/device.cuh"
@@ -16,6 +19,15 @@ static __device__ __forceinline__ bool pair_before(struct batch_pair a, struct b
     return a.z > b.z || (a.z == b.z && a.id < b.id);
 }
 
+/* All but the order of its pairs. NaN fails every comparison. */
+static __device__ __forceinline__ bool head_is_possible(const struct batch_record *r, int k) {
+    if (r->count < 0 || r->count > k || !(r->m < INFINITY)) return false;
+    if (r->m == -INFINITY) return r->count == 0;
+    const struct batch_pair *pairs = (const struct batch_pair *)(const void *)(r + 1);
+    return r->count > 0 && pairs[0].z == r->m && r->s >= 1.0f && r->s < INFINITY && r->q <= 0.0f &&
+           r->q > -INFINITY;
+}
+
 /* grid: thinkers. */
 static __global__ void __launch_bounds__(THINK_THREADS, 1)
     think(const struct kernels_thinker *thinkers, int k, int watch_max, int ranks,
@@ -24,20 +36,29 @@ static __global__ void __launch_bounds__(THINK_THREADS, 1)
     after_previous();
     __shared__ float z[KERNELS_CANDIDATES_MAX];
     __shared__ uint32_t id[KERNELS_CANDIDATES_MAX];
+    __shared__ int count[KERNELS_RANKS_MAX];       /* pairs of a rank */
+    __shared__ bool impossible[KERNELS_RANKS_MAX]; /* its record */
     const int tid = (int)threadIdx.x;
     const struct kernels_thinker me = thinkers[blockIdx.x];
     if (me.probe < 0) return;
     const int64_t stride = batch_record_bytes(k, watch_max);
     const unsigned char *first = gathered + me.probe * stride;
 
-    int total = 0;
-    for (int r = 0; r < ranks; r++)
-        total += ((const struct batch_record *)(const void *)(first + r * rank_stride))->count;
+    if (tid < ranks) {
+        const struct batch_record *mine =
+            (const struct batch_record *)(const void *)(first + tid * rank_stride);
+        impossible[tid] = !head_is_possible(mine, k);
+        count[tid] = impossible[tid] ? 0 : mine->count;
+    }
+    __syncthreads();
     for (int i = tid; i < ranks * k; i += THINK_THREADS) {
         const struct batch_record *mine =
             (const struct batch_record *)(const void *)(first + i / k * rank_stride);
-        if (i % k >= mine->count) continue;
-        const struct batch_pair pair = ((const struct batch_pair *)(const void *)(mine + 1))[i % k];
+        if (i % k >= count[i / k]) continue;
+        const struct batch_pair *at = (const struct batch_pair *)(const void *)(mine + 1) + i % k;
+        const struct batch_pair pair = *at;
+        if (!(pair.z > -INFINITY) || (i % k > 0 && !pair_before(at[-1], pair)))
+            impossible[i / k] = true;
         int place = 0;
         for (int r = 0; r < ranks && place < k;
              r++) { /* lists are sorted: stop at the first that is behind */
@@ -45,7 +66,7 @@ static __global__ void __launch_bounds__(THINK_THREADS, 1)
                 (const struct batch_record *)(const void *)(first + r * rank_stride);
             const struct batch_pair *pairs = (const struct batch_pair *)(const void *)(other + 1);
             int n = 0;
-            while (n < other->count && pair_before(pairs[n], pair)) n++;
+            while (n < count[r] && pair_before(pairs[n], pair)) n++;
             place += n;
         }
         if (place < k) {
@@ -57,15 +78,20 @@ static __global__ void __launch_bounds__(THINK_THREADS, 1)
     if (tid != 0) return;
 
     float m[7], s[7], q[7]; /* binary counter over ranks: log2(KERNELS_RANKS_MAX) + 1 */
-    int top = -1;
+    int top = -1, total = 0;
     struct think_candidates c;
     c.close_z = -INFINITY;
     for (int r = 0; r < ranks; r++) {
         const struct batch_record *record =
             (const struct batch_record *)(const void *)(first + r * rank_stride);
         const struct batch_pair *watch = (const struct batch_pair *)(const void *)(record + 1) + k;
-        if (me.close_watch >= 0 && watch[me.close_watch].z > c.close_z)
-            c.close_z = watch[me.close_watch].z;
+        const float watched = me.close_watch >= 0 ? watch[me.close_watch].z : -INFINITY;
+        if (impossible[r] || !(watched < INFINITY)) {
+            status[me.slot] = KERNELS_IMPOSSIBLE - r;
+            return;
+        }
+        if (watched > c.close_z) c.close_z = watched;
+        total += count[r];
         top++;
         m[top] = record->m;
         s[top] = record->s;

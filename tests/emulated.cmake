@@ -85,6 +85,11 @@ runs(fused_n2 2 fused)
 runs(differ_n2 2)
 set_tests_properties(i_run_differ_n2 PROPERTIES PASS_REGULAR_EXPRESSION "row [0-9]+: rank 1 decided otherwise than rank 0")
 set_property(TEST i_run_differ_n2 APPEND PROPERTY ENVIRONMENT SFUMATO_FAULT=run-differ:1:2)
+# so does one whose records cannot be
+runs(impossible_n2 2 nccl)
+set_tests_properties(i_run_impossible_n2 PROPERTIES PASS_REGULAR_EXPRESSION
+  "row [0-9]+: rank 1 gave an impossible candidate record")
+set_property(TEST i_run_impossible_n2 APPEND PROPERTY ENVIRONMENT NCCL_STUB=garbage:1)
 
 if(NOT SFUMATO_ASAN)
   emulated(verbs 1 verbs)

@@ -463,6 +463,28 @@ static void test_think(void) {
         }
     }
     CU_ASSERT(refused > 0 && soft > 20 && closed > 1); /* the rows are worth deciding */
+    const struct think_state before = states[0];
+    for (int fault = 0; fault < 9; fault++) { /* the last is none */
+        struct batch_record *r1 =
+            (struct batch_record *)(void *)(gathered + stride * (size_t)(N + thinkers[0].probe));
+        struct batch_pair *pairs = (struct batch_pair *)(r1 + 1);
+        unsigned char kept[2048];
+        memcpy(kept, r1, stride);
+        if (fault == 0) r1->count = K + 1;
+        if (fault == 1) r1->count = INT32_MIN;
+        if (fault == 2) r1->m = NAN;
+        if (fault == 3) r1->m += 0.5f; /* is not the best candidate's */
+        if (fault == 4) r1->s = 0.75f;
+        if (fault == 5) r1->q = 0.125f;
+        if (fault == 6) pairs[7].z = pairs[6].z + 1; /* not sorted */
+        if (fault == 7) pairs[K].z = INFINITY;       /* watched */
+        CHECK_EQ(kernels_think(NULL, 1, thinkers, probes, R, gathered, stride * N, params, states,
+                               decisions, status),
+                 0);
+        CU_ASSERT(fault == 8 ? status[0] >= 0 : status[0] == KERNELS_IMPOSSIBLE - 1);
+        if (fault < 8) CU_ASSERT(suite_equal_bytes("state", &states[0], &before, sizeof before));
+        memcpy(r1, kept, stride);
+    }
     struct batch_record *record =
         (struct batch_record *)(void *)(gathered + stride * (size_t)thinkers[0].probe);
     for (int r = 0; r < R; r++)

@@ -33,8 +33,9 @@ struct run_row {
 };
 
 enum run_status {
-    RUN_BROKEN = -1, /* no finite logit */
-    RUN_SHORT = 0,   /* the candidate list was too short: nothing decided, state unchanged */
+    RUN_IMPOSSIBLE = -2, /* less r: rank r's record cannot be: a faulty device */
+    RUN_BROKEN = -1,     /* no finite logit */
+    RUN_SHORT = 0,       /* the candidate list was too short: nothing decided, state unchanged */
     RUN_DECIDED = 1,
     RUN_RESTED = 2
 };

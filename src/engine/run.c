@@ -66,21 +66,28 @@ static bool is_over(const struct run *run) {
     return run->read == run->launched && (run->closing || run->launched == run->steps);
 }
 
+static _Noreturn void give_up(struct step_rank *r, uint64_t step, int row, int rank,
+                              const char *why) {
+    char text[160];
+    snprintf(text, sizeof text, "step %llu, row %d: rank %d %s", (unsigned long long)step, row,
+             rank, why);
+    comm_abort(r->comm, STATUS_COMM, text);
+}
+
 /* Waits for the answers of the next step. */
 static void read_step(struct step_rank *r, struct run *run) {
-    progress_at_step(run->number + (uint64_t)run->read);
+    const uint64_t step = run->number + (uint64_t)run->read;
+    progress_at_step(step);
     bool live = false, is_short = false;
     for (int i = 0; i < run->row_count; i++) {
         const struct run_answer *a = model_run_answer(r->model, run->read, i);
+        if (a->status <= RUN_IMPOSSIBLE) {
+            give_up(r, step, i, RUN_IMPOSSIBLE - a->status,
+                    "gave an impossible candidate record: a faulty device");
+        }
         if (a->differs) {
-            char text[160];
-            snprintf(
-                text, sizeof text,
-                "step %llu, row %d: rank %d decided otherwise than rank 0: a faulty device, or "
-                "ranks of different builds",
-                (unsigned long long)run->number + (unsigned long long)run->read - 1, i,
-                a->differs - 1);
-            comm_abort(r->comm, STATUS_COMM, text);
+            give_up(r, step - 1, i, a->differs - 1,
+                    "decided otherwise than rank 0: a faulty device, or ranks of different builds");
         }
         live |= a->live != 0;
         is_short |= a->status == RUN_SHORT;

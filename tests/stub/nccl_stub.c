@@ -11,6 +11,7 @@
  *
  * NCCL_STUB, "WHAT:RANK": no-id | init | hang-init (never ready) | call:RANK (a collective is refused) |
  * async:RANK (the second collective fails later, on that rank) | hang (no answer to the second one) |
+ * garbage:RANK (that rank's second gather of bytes, and what follows, is full of the same byte) |
  * no-window:RANK (memory is not registered there) | version-NUMBER (of that NCCL; 22809)
  */
 #include <fcntl.h>
@@ -208,6 +209,13 @@ static ncclResult_t all_gather(const void *from, void *to, size_t count, ncclDat
     expect((type == ncclInt8 || type == ncclFloat32) && stream, "arguments of an all-gather");
     expect(type == ncclInt8 || !has_windows(c) || (in_window(c, from) && in_window(c, to)),
            "partial sums outside the windows that were made for them");
+    static int gathers;
+    char garbage[1 << 16];
+    gathers += type == ncclInt8;
+    if (gathers > 1 && type == ncclInt8 && injected("garbage", c->rank)) {
+        expect(bytes <= sizeof garbage, "too large for garbage");
+        from = memset(garbage, 0x7f, bytes);
+    }
     const ncclResult_t result = exchange(c, from, bytes);
     if (result != ncclSuccess) return result;
     for (int r = 0; r < c->ranks; r++) {
