@@ -9,7 +9,7 @@ import threading
 import time
 
 import pytest
-from conftest import BINARY, SOURCE
+from conftest import BINARY, SOURCE, TINY
 from served import Server
 
 LONG = {"prompt": "Tom has", "max_tokens": 400, "n": 8, "ignore_eos": True, "soft_thinking": {"mode": "off"}}
@@ -152,6 +152,74 @@ def test_R10_stop_of_mpirun():
         assert server.wait() == 1 and gone(ranks, 3)
     finally:
         server.kill()
+
+
+# --- launch/sfumato-run ---
+
+WRAPPER = ["/bin/bash", str(SOURCE / "launch/sfumato-run")]
+
+
+@pytest.fixture
+def fake(tmp_path):
+    """A function that runs the wrapper over an mpirun that is this Python script."""
+
+    def start(script, *args, stdin=subprocess.DEVNULL, **more):
+        (tmp_path / "mpirun").write_text(f"#!/usr/bin/python3\nimport os, signal, sys, time\n{script}\n")
+        (tmp_path / "mpirun").chmod(0o755)
+        plain = {k: v for k, v in os.environ.items() if not k.startswith("SFUMATO_")}
+        environment = {**plain, "SFUMATO": "/bin/echo", "PATH": f"{tmp_path}:{os.environ['PATH']}", **more}
+        return subprocess.Popen([*WRAPPER, *args], stdin=stdin, stdout=subprocess.PIPE,
+                                stderr=subprocess.PIPE, env=environment, text=True)
+
+    return start
+
+
+def test_wrapper_passes_standard_input_on():
+    lines = b"".join(json.dumps({"prompt": [i], "max_tokens": 1, "custom_id": i}).encode() + b"\n" for i in range(3))
+    done = subprocess.run([*WRAPPER, "-n", "2", "generate", "--quiet", "--model", str(TINY), "--input", "-"], input=lines, capture_output=True,
+                          env={**os.environ, "SFUMATO": str(BINARY)}, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert [json.loads(line)["custom_id"] for line in done.stdout.splitlines()] == [0, 1, 2]
+
+
+@pytest.mark.parametrize("given, passed", [
+    (["serve", "--port", "1"], "-n 2 /bin/echo serve --port 1"),
+    (["-n", "4", "--hostfile", "x", "--", "serve"], "-n 4 --hostfile x /bin/echo serve"),
+    (["generate", "-p", "a", "--", "b"], "-n 2 /bin/echo generate -p a -- b"),
+    (["--", "--help"], "-n 2 /bin/echo --help"),
+])
+def test_wrapper_tells_options_apart(fake, given, passed):
+    assert fake("print(*sys.argv[1:])", *given).communicate(timeout=10)[0].strip() == passed
+
+
+def test_wrapper_refuses_a_program_that_cannot_run(fake):
+    job = fake("print('started')", "serve", SFUMATO="/nonexistent/sfumato")
+    out, err = job.communicate(timeout=10)
+    assert job.returncode == 2 and out == "" and "SFUMATO=/nonexistent/sfumato" in err
+
+
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_wrapper_signals(fake, sent):
+    """The first drains, the second stops, and the status is mpirun's."""
+    job = fake("signal.signal(signal.SIGUSR1, lambda *_: print('drain', flush=True))\n"
+               "signal.signal(signal.SIGTERM, lambda *_: os._exit(5))\n"
+               "print('ready', flush=True)\ntime.sleep(20)", "serve")
+    for said in ("ready", "drain"):
+        assert job.stdout.readline().strip() == said
+        job.send_signal(sent)
+    assert job.wait(10) == 5
+
+
+def test_wrapper_signal_as_mpirun_ends(fake):
+    """Whose status is its own, whatever the shell makes of the two at once."""
+    script = "signal.signal(signal.SIGUSR1, signal.SIG_IGN)\nprint('ready', flush=True)\nsys.stdin.read()\nos._exit(7)"
+    for _ in range(20):
+        job = fake(script, "serve", stdin=subprocess.PIPE)
+        job.stdout.readline()
+        job.stdin.close()
+        time.sleep(0.002)
+        job.send_signal(signal.SIGUSR1)
+        assert job.wait(10) == 7
 
 
 # --- R11 ---
