@@ -50,7 +50,7 @@ static struct {
     int rank_count;
     char hosts[COMM_RANKS_MAX][64];
     bool speaks; /* for rank 0 when that is gone; until it has, or was stopped itself */
-    double last_look;
+    double last_look; /* clock */
     _Atomic(const struct watch_stage *) stage;
     _Atomic double limit; /* clock; 0: none */
     _Atomic(void *) hook_user;
@@ -170,9 +170,6 @@ static void check_hosts(void) {
 static void speak_for_rank_0(void) {
     sigset_t pending;
     char place[160];
-    const double before = watch.last_look;
-    watch.last_look = progress_clock();
-    if (before > 0 && watch.last_look > before + 1) watch.speaks = false;
     if (!watch.speaks || progress_step() == 0 || sigpending(&pending) != 0 ||
         !sigismember(&pending, SIGTERM))
         return;
@@ -210,10 +207,22 @@ static void check_limit(const struct watch_stage *stage) {
     leave(stage->exit_code, text);
 }
 
+/* The job was suspended and goes on: time that no rank had is not taken from a stage's. */
+static void notice_stop(void) {
+    const double before = watch.last_look;
+    watch.last_look = progress_clock();
+    if (before == 0 || watch.last_look <= before + 1) return;
+    watch.speaks = false;
+    double limit = atomic_load(&watch.limit);
+    if (limit > 0)
+        atomic_compare_exchange_strong(&watch.limit, &limit, limit + watch.last_look - before);
+}
+
 static int look(void *unused) {
     (void)unused;
     struct pollfd stop = {.fd = watch.stop_fd, .events = POLLIN};
     while (poll(&stop, 1, LOOK_MS) <= 0) {
+        notice_stop();
         const int expected = atomic_load(&watch.expected);
         if (expected < 0 || watch.sibling_count < expected) find_siblings();
         check_limit(atomic_load(&watch.stage));

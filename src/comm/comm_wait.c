@@ -6,6 +6,9 @@
  * flag within 0.1 us. With more ranks than cores the peer cannot run while we pause, so yield at
  * once (4-8 us an all-reduce instead of 110). The clock is read only when the first look at the
  * flag failed.
+ *
+ * Looks at the clock are microseconds apart. Where more than a second lies between two, this process was
+ * stopped, as a job that is suspended as a whole: that time is nobody's delay.
  */
 #include <sched.h>
 #include <stdio.h>
@@ -16,7 +19,7 @@
 #include "base/progress.h"
 #include "comm/comm_path.h"
 
-enum { SPIN_NS = 50 * 1000, SPIN_BURST = 32, WATCH_NS = 1000 * 1000 * 1000 };
+enum { SPIN_NS = 50 * 1000, SPIN_BURST = 32, WATCH_NS = 1000 * 1000 * 1000, GAP_NS = WATCH_NS };
 
 static inline void cpu_pause(void) {
 #if defined(__x86_64__)
@@ -42,7 +45,9 @@ uint64_t comm_pause(comm *c, struct comm_patience *p) {
     if (p->rounds++ == 0) {
         p->begin_ns = p->now_ns = p->watched_ns = comm_clock_ns();
     } else if (p->rounds % SPIN_BURST == 0 || c->crowded || p->now_ns - p->begin_ns >= SPIN_NS) {
+        const uint64_t before_ns = p->now_ns;
         p->now_ns = comm_clock_ns();
+        if (p->now_ns - before_ns > GAP_NS) p->begin_ns += p->now_ns - before_ns;
     }
     const uint64_t waited_ns = p->now_ns - p->begin_ns;
     if (!c->crowded && waited_ns < SPIN_NS) {

@@ -254,6 +254,19 @@ def test_R11_livez_once_the_watchdog_has_fired():
         server.kill()
 
 
+def test_R11_a_job_that_was_suspended_goes_on():
+    """All ranks stopped for longer than the timeout, in the middle of a wait, and continued: nobody is missing."""
+    with Server("--collective-timeout", TIMEOUT, env={"SFUMATO_FAULT": "delay:1:100"}) as server:
+        reader, ranks = Reader(server, {**LONG, "max_tokens": 60}), server.ranks()
+        wait_for(lambda: reader.events() > 5)
+        for sent in (STOP, signal.SIGCONT):
+            for pid in ranks:
+                os.kill(pid, sent)
+            time.sleep(TIMEOUT + 2 if sent == STOP else 0)
+        reader.join(30)
+        assert b"[DONE]" in reader.bytes, server.lines
+
+
 def test_preflight_says_what_to_look_at():
     began = time.monotonic()
     server = Server("--collective-timeout", "2", wait=False, env={"SFUMATO_FAULT": "preflight-delay:1:60000"})
