@@ -528,6 +528,7 @@ static uint64_t fnv(uint64_t h, const void *bytes, size_t n) {
 
 uint64_t params_digest(const struct params *p) {
     uint64_t h = 0xcbf29ce484222325u;
+    if (p->positional) h = fnv(h, p->positional, strlen(p->positional));
     for (int i = 0; i < PARAM_COUNT; i++) {
         if (rows[i].group == GROUP_OUTPUT || rows[i].group == GROUP_COMMAND || i == PARAM_threads)
             continue;

@@ -80,7 +80,7 @@ enum status param_check_number(enum param_id id, double value, const char *where
 enum status param_check_count(enum param_id id, int64_t value, const char *where);
 bool param_is_count(enum param_id id);
 
-/* Plain 64-bit FNV-1a over all values, for the check that ranks were started alike. Options that
+/* Plain 64-bit FNV-1a over the argument and all values, for the check that ranks were started alike. Options that
  * may differ between ranks (log, files of rank 0) are left out. */
 uint64_t params_digest(const struct params *p);
 

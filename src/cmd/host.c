@@ -2,7 +2,6 @@
 #include "cmd/host.h"
 
 #include <limits.h>
-#include <sched.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -55,6 +54,14 @@ void host_phase_alone(struct host *h, const char *what, const char *detail) {
     h->phase_start = now;
 }
 
+/* Before anything collective depends on an option: a rank with others would be waited for, for ever. */
+static enum status agree_on_start(struct host *h) {
+    const char build[] = SFUMATO_VERSION " " __VERSION__;
+    const uint64_t options[] = {h->command, h->params.help, params_digest(&h->params)};
+    TRY(comm_agree_equal(h->comm, "build", build, sizeof build));
+    return comm_agree_equal(h->comm, "command or options", options, sizeof options);
+}
+
 enum status host_join(struct host *h, const struct command *command, int argc, char **argv) {
     h->command = command->bit;
     h->start = h->phase_start = progress_clock();
@@ -67,7 +74,6 @@ enum status host_join(struct host *h, const struct command *command, int argc, c
     fault_sleep("init-delay");
     TRY(comm_open(&argc, &argv, &h->comm));
     watch_enter(&starting, 0);
-    watch_joined(h->comm);
     h->rank = comm_rank(h->comm);
     h->ranks = comm_size(h->comm);
     h->shard_rank = h->rank;
@@ -77,6 +83,8 @@ enum status host_join(struct host *h, const struct command *command, int argc, c
         h->helper = NULL;
     }
     TRY(comm_agree(h->comm, status));
+    TRY(agree_on_start(h));
+    watch_joined(h->comm);
     if (h->params.help) {
         char program[64];
         snprintf(program, sizeof program, "sfumato %s", command->name);
@@ -250,13 +258,12 @@ static enum status check_options(struct host *h) {
 
 static void warn_of_threads(const struct host *h) {
     const int wanted = (int)h->params.threads * comm_local_size(h->comm);
-    cpu_set_t allowed;
-    if (wanted == 0 || sched_getaffinity(0, sizeof allowed, &allowed) != 0) return;
-    if (CPU_COUNT(&allowed) >= wanted) return;
+    const int allowed = comm_local_cores(h->comm);
+    if (comm_local_rank(h->comm) > 0 || allowed == 0 || allowed >= wanted) return;
     log_warn(
         "%d threads in all on %d allowed cores: lower --threads, or pass --bind-to none to "
         "mpirun",
-        wanted, CPU_COUNT(&allowed));
+        wanted, allowed);
 }
 
 void host_plan_backend(struct host *h) {
@@ -320,11 +327,8 @@ static uint64_t config_digest(const struct host *h) {
     return digest;
 }
 
-static enum status agree_on_everything(struct host *h) {
-    const char build[] = SFUMATO_VERSION " " __VERSION__;
-    const uint64_t options = params_digest(&h->params), config = config_digest(h);
-    TRY(comm_agree_equal(h->comm, "build", build, sizeof build));
-    TRY(comm_agree_equal(h->comm, "options", &options, sizeof options));
+static enum status agree_on_model(struct host *h) {
+    const uint64_t config = config_digest(h);
     return comm_agree_equal(h->comm, "model configuration", &config, sizeof config);
 }
 
@@ -394,7 +398,12 @@ static enum status preflight(struct host *h) {
     const double limit = 0.85 * (given > 0 && given < LIMIT_SECONDS ? given : LIMIT_SECONDS);
     if (h->ranks == 1 || h->backend->ops->free_bytes) return STATUS_OK;
     float *sum = malloc(most * sizeof *sum);
-    if (!sum) return fail(STATUS_MEMORY, "no memory for the preflight");
+    const enum status status =
+        comm_agree(h->comm, sum ? STATUS_OK : fail(STATUS_MEMORY, "no memory for the preflight"));
+    if (status != STATUS_OK) {
+        free(sum);
+        return status;
+    }
     watch_enter(&preflight_stage, limit);
     fault_sleep("preflight-delay");
     bool right = true;
@@ -464,7 +473,7 @@ enum status host_open_model(struct host *h) {
     TRY(comm_agree(h->comm, check_options(h)));
     TRY(comm_agree(h->comm, open_backend(h)));
     TRY(host_plan_memory(h));
-    TRY(agree_on_everything(h));
+    TRY(agree_on_model(h));
     TRY(host_phase(h, STATUS_OK, "compute backend", backend_isa_name(h->backend->isa)));
     TRY(load_weights(h));
     const enum status connected = setup_comm(h);
@@ -492,7 +501,8 @@ int host_leave(struct host *h, enum status status) {
     tokenizer_close(h->tokenizer);
     source_close(h->source);
     chat_helper_stop(h->helper);
-    if (status != STATUS_OK && status != STATUS_END && h->rank == 0) {
+    /* a rank that has not joined cannot leave its message to rank 0 */
+    if (status != STATUS_OK && status != STATUS_END && (h->rank == 0 || !h->comm)) {
         log_failure(fault.status == status ? fault.text : status_name(status));
     }
     comm_close(h->comm);

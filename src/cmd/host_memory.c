@@ -123,30 +123,38 @@ enum status host_take_pages(struct host *h) {
     return comm_agree(h->comm, take_parts(h));
 }
 
+/* Too few pages for a sequence of the length that was asked for, or for any. own: what this rank can hold;
+ * of the ranks that can hold the fewest, the first one says so. */
+static enum status too_few_pages(const struct host *h, int64_t own, int64_t pages,
+                                 int64_t available) {
+    const int64_t whole = pages_of(h->engine_options.max_model_len);
+    if (own > pages) return STATUS_OK;
+    if (h->params.kv_memory > 0) {
+        char given[32], one[32];
+        return fail(STATUS_MEMORY,
+                    "--kv-memory %s holds %lld tokens, a sequence may have %lld, and a page of "
+                    "%d takes "
+                    "%s: raise it, or lower --max-model-len",
+                    progress_bytes((double)h->params.kv_memory, given),
+                    (long long)(pages * KV_PAGE_TOKENS), (long long)h->engine_options.max_model_len,
+                    KV_PAGE_TOKENS, progress_bytes((double)h->need.kv_bytes_per_page, one));
+    }
+    const double kv = (double)(whole * h->need.kv_bytes_per_page) / kv_share(h);
+    return no_room(h, fixed_bytes(h) + (int64_t)kv, available, pages);
+}
+
 enum status host_plan_memory(struct host *h) {
-    int64_t pages = 0, available = 0;
-    TRY(comm_agree(h->comm, own_pages(h, &pages, &available)));
+    int64_t own = 0, available = 0;
+    TRY(comm_agree(h->comm, own_pages(h, &own, &available)));
     const int64_t whole = pages_of(h->engine_options.max_model_len);
     const int64_t wanted = whole * h->engine_options.max_seqs;
-    if (h->params.kv_memory == 0 && pages > wanted) pages = wanted;
-    if (pages > INT32_MAX / KV_PAGE_TOKENS) pages = INT32_MAX / KV_PAGE_TOKENS;
-    pages = comm_agree_min(h->comm, (int)pages);
+    if (h->params.kv_memory == 0 && own > wanted) own = wanted;
+    if (own > INT32_MAX / KV_PAGE_TOKENS) own = INT32_MAX / KV_PAGE_TOKENS;
+    const int64_t pages = comm_agree_min(h->comm, (int)own);
     if (pages < whole) {
         const int64_t fits = pages * KV_PAGE_TOKENS;
-        if (h->params.kv_memory > 0 && (h->params.max_model_len > 0 || pages < 1)) {
-            char given[32], one[32];
-            return fail(STATUS_MEMORY,
-                        "--kv-memory %s holds %lld tokens, a sequence may have %lld, and a page of "
-                        "%d takes "
-                        "%s: raise it, or lower --max-model-len",
-                        progress_bytes((double)h->params.kv_memory, given), (long long)fits,
-                        (long long)h->engine_options.max_model_len, KV_PAGE_TOKENS,
-                        progress_bytes((double)h->need.kv_bytes_per_page, one));
-        }
-        if (h->params.max_model_len > 0 || pages < 1) {
-            const double kv = (double)(whole * h->need.kv_bytes_per_page) / kv_share(h);
-            return no_room(h, fixed_bytes(h) + (int64_t)kv, available, pages);
-        }
+        if (h->params.max_model_len > 0 || pages < 1)
+            TRY(comm_agree(h->comm, too_few_pages(h, own, pages, available)));
         log_info("the model's %lld positions are cut to %lld, which is what the KV cache holds",
                  (long long)h->engine_options.max_model_len, (long long)fits);
         h->engine_options.max_model_len = fits;

@@ -49,7 +49,7 @@ static struct {
     _Atomic int expected; /* siblings there must be; -1: not known yet, as the next three */
     int rank_count;
     char hosts[COMM_RANKS_MAX][64];
-    bool speaks; /* for rank 0 when that is gone; until it has, or was stopped itself */
+    bool speaks;      /* for rank 0 when that is gone; until it has, or was stopped itself */
     double last_look; /* clock */
     _Atomic(const struct watch_stage *) stage;
     _Atomic double limit; /* clock; 0: none */

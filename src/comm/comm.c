@@ -8,6 +8,7 @@
  */
 #include "comm/comm.h"
 
+#include <sched.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -32,12 +33,21 @@ struct comm_place comm_place_here(int host) {
     return place;
 }
 
-enum status comm_open(int *argc, char ***argv, comm **out) {
+/* A job of this process alone. */
+static comm *new_comm(void) {
+    cpu_set_t mask;
     comm *c = calloc(1, sizeof *c);
-    if (!c) return fail(STATUS_MEMORY, "no memory to join the job");
+    if (!c) return NULL;
     c->job = &comm_self_job;
     c->size = c->local_size = 1;
     c->places[0] = comm_place_here(0);
+    if (sched_getaffinity(0, sizeof mask, &mask) == 0) c->local_cores = CPU_COUNT(&mask);
+    return c;
+}
+
+enum status comm_open(int *argc, char ***argv, comm **out) {
+    comm *c = new_comm();
+    if (!c) return fail(STATUS_MEMORY, "no memory to join the job");
     if (started_by_launcher()) {
         const enum status status = comm_mpi_join(c, argc, argv);
         if (status != STATUS_OK) {
@@ -51,11 +61,8 @@ enum status comm_open(int *argc, char ***argv, comm **out) {
 }
 
 enum status comm_open_alone(comm **out) {
-    comm *c = calloc(1, sizeof *c);
+    comm *c = new_comm();
     if (!c) return fail(STATUS_MEMORY, "no memory for a job of one");
-    c->job = &comm_self_job;
-    c->size = c->local_size = 1;
-    c->places[0] = comm_place_here(0);
     *out = c;
     return STATUS_OK;
 }
@@ -73,6 +80,7 @@ int comm_rank(const comm *c) { return c->rank; }
 int comm_size(const comm *c) { return c->size; }
 int comm_local_rank(const comm *c) { return c->local_rank; }
 int comm_local_size(const comm *c) { return c->local_size; }
+int comm_local_cores(const comm *c) { return c->local_cores; }
 int comm_host_of(const comm *c, int rank) { return c->places[rank].host; }
 const char *comm_host_name(const comm *c, int rank) { return c->places[rank].name; }
 const char *comm_path_name(const comm *c) {

@@ -52,6 +52,8 @@ int comm_rank(const comm *c);
 int comm_size(const comm *c);
 int comm_local_rank(const comm *c); /* among the ranks of this host */
 int comm_local_size(const comm *c);
+/* Processors that the ranks of this host may use together; 0: unknown. */
+int comm_local_cores(const comm *c);
 /* Of any rank: the lowest rank of its host, and that host's name. */
 int comm_host_of(const comm *c, int rank);
 const char *comm_host_name(const comm *c, int rank);

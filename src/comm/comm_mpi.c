@@ -27,6 +27,7 @@
 #include <unistd.h>
 
 #include "base/alloc_watch.h"
+#include "base/log.h"
 #include "comm/comm_path.h"
 #include "comm/comm_tree.h"
 
@@ -133,15 +134,15 @@ static void mpi_close(comm *c) {
     free(job);
 }
 
-/* More ranks than cores: counted over all ranks of the host, because a launcher may have given each
- * its own core, or all of them the same two. */
-static bool host_is_crowded(const struct mpi_job *job, int local_size) {
+/* Processors that the ranks of this host may use, counted over all of them, because a launcher may have
+ * given each its own, or all the same two. 0: unknown. */
+static int count_local_cores(const struct mpi_job *job, int local_size) {
     cpu_set_t mine, all[COMM_RANKS_MAX];
     if (sched_getaffinity(0, sizeof mine, &mine) != 0)
         CPU_ZERO(&mine); /* more than 1024 processors */
     MPI_Allgather(&mine, sizeof mine, MPI_BYTE, all, sizeof mine, MPI_BYTE, job->host);
     for (int r = 0; r < local_size; r++) CPU_OR(&mine, &mine, &all[r]);
-    return CPU_COUNT(&mine) > 0 && local_size > CPU_COUNT(&mine);
+    return CPU_COUNT(&mine);
 }
 
 /* Collective: which ranks share a host (job->host is in the order of ranks), and its name. */
@@ -205,13 +206,14 @@ enum status comm_mpi_join(comm *c, int *argc, char ***argv) {
         status = fail(STATUS_COMM,
                       "this MPI does not allow threads (MPI_THREAD_FUNNELED): use another build");
     }
-    if (status != STATUS_OK) { /* the same on all ranks: rank 0 says it */
+    if (status != STATUS_OK) { /* the same on all ranks: rank 0 says it, as the launcher counts */
         mpi_close(c);
-        if (c->rank > 0) exit(status);
+        if (c->rank > 0 || log_rank() > 0) exit(status);
         return status;
     }
     find_places(c);
-    c->crowded = host_is_crowded(job, c->local_size);
+    c->local_cores = count_local_cores(job, c->local_size);
+    c->crowded = c->local_cores > 0 && c->local_size > c->local_cores;
     check_on_bug(abort_on_bug);
     die_with_parent(c);
     return STATUS_OK;

@@ -88,6 +88,7 @@ struct comm {
     char sums_path_name[48];                   /* "staged, window" */
     int rank, size, local_rank, local_size;
     struct comm_place places[COMM_RANKS_MAX]; /* of every rank */
+    int local_cores;                          /* comm_local_cores */
     bool crowded; /* more ranks than allowed cores on this host: yield at once */
     pid_t parent; /* the launcher's process here; 0: do not watch it */
     struct comm_config config;

@@ -8,7 +8,7 @@ import subprocess
 import time
 
 import pytest
-from conftest import BINARY, MPI, TINY, chat, generate, launch, problems
+from conftest import BINARY, MPI, TINY, Result, chat, generate, launch, problems
 
 GOOD = chat("What is 2+3?", custom_id="good", max_tokens=5)
 
@@ -297,6 +297,32 @@ def test_killed_rank_ends_the_job(rank):
     while alive(seed.encode()) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not alive(seed.encode())
+
+
+@pytest.mark.parametrize("odd, status, words", [
+    (["env", "SFUMATO_COLLECTIVE_TIMEOUT=0", BINARY, "generate"], 5, ["ranks differ", "options", "rank 1"]),
+    (["env", "SFUMATO_MAX_MODEL_LEN=64", BINARY, "generate"], 5, ["ranks differ", "options", "rank 1"]),
+    (["env", "SFUMATO_CONFIG=/nonexistent", BINARY, "generate"], 2, ["rank 1", "/nonexistent"]),
+    ([BINARY, "generate", "--help"], 5, ["ranks differ", "command"]),
+    ([BINARY, "score"], 5, ["ranks differ", "command"]),
+])
+def test_ranks_that_were_started_differently(odd, status, words):
+    """One message, and no rank waits for another: before the first step there is no deadline that would end it."""
+    last = ["--model", TINY, "--quiet", "--input", "-"]
+    command = ["mpirun", "-n", "1", BINARY, "generate", *last, ":", "-n", "1", *odd, *last]
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("SFUMATO_")} | MPI
+    only_message(Result(subprocess.run(list(map(str, command)), input=b"", capture_output=True, env=environment, timeout=60)),
+                 status, *words)
+
+
+def test_threads_are_counted_over_the_cores_of_all_ranks():
+    """Each rank bound to a core of its own is what was asked for."""
+    if len(os.sched_getaffinity(0)) < 2:
+        pytest.skip("needs two processors")
+    for threads, warnings in (1, 0), (64, 1):
+        result = launch("generate", "--raw", "-p", "x", "--max-tokens", "1", "--threads", threads, ranks=2,
+                        env={"OMPI_MCA_hwloc_base_binding_policy": "hwthread"})
+        assert result.status == 0 and result.err.count(b"allowed cores") == warnings, result.err
 
 
 # --- standard streams ---
