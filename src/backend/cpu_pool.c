@@ -169,9 +169,9 @@ enum status cpu_pool_open(int threads, int local_rank, int local_ranks, cpu_pool
      * the launcher for this rank alone, or the host is oversubscribed: then nothing is pinned. */
     const int first = (int)cpu_range_begin(cores, local_rank, local_ranks);
     const int share = (int)cpu_range_begin(cores, local_rank + 1, local_ranks) - first;
-    if (threads == 0) threads = share > 1 ? share : 1;
+    if (threads == 0) threads = share < 1 ? 1 : share < CPU_THREADS_MAX ? share : CPU_THREADS_MAX;
     if (threads < 1 || threads > CPU_THREADS_MAX)
-        return fail(STATUS_USAGE, "%d threads per rank: use 1 to %d, or 0 for the cores there are",
+        return fail(STATUS_USAGE, "%d threads per rank: use 1 to %d, or leave --threads out",
                     threads, CPU_THREADS_MAX);
     cpu_pool *pool = NULL;
     const size_t bytes = (sizeof *pool + sizeof pool->worker[0] * (size_t)threads + 63) / 64 * 64;

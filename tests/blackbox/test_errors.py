@@ -112,6 +112,7 @@ def test_prompt_too_long():
     [
         (["generate", "--frobnicate"], ["--frobnicate"]),
         (["generate", "-p", "x", "--max-topk", "65"], ["--max-topk", "65", "1..64"]),
+        (["generate", "-p", "x", "--threads", "257"], ["--threads", "1..256"]),
         (["generate", "-p", "x", "--top-p", "0"], ["--top-p", "(0,1]"]),
         (["generate", "-p", "x", "--think", "loud"], ["--think", "dirichlet"]),
         (["generate", "-p", "x", "--kv-dtype", "fp8"], ["--kv-dtype fp8"]),  # not built in, or not for the CPU
