@@ -3,6 +3,7 @@
  *   every 100 ms:  stage over its limit? ─┐
  *                  a sibling in state T?  ─┼─► one line ─► hook (rank 0: error events) ─► _exit
  *                  another host silent?   ─┘
+ *                  launcher gone?         ────► one line ─► _exit, where there is no hook
  *
  * Siblings are the children of the launcher, known by their parent in /proc/N/stat; their ranks
  * stand in their environment. A stop is counted in looks, not in time, so that a job that was
@@ -43,6 +44,7 @@ static struct {
     bool is_spread; /* over several hosts */
     double seconds;
     pid_t launcher;
+    int orphan_looks;
     char host[64];
     struct sibling siblings[COMM_RANKS_MAX];
     int sibling_count;
@@ -218,11 +220,20 @@ static void notice_stop(void) {
         atomic_compare_exchange_strong(&watch.limit, &limit, limit + watch.last_look - before);
 }
 
+/* Where this rank serves, the net thread tells its clients. Open MPI's own threads see it too, when there are any. */
+static void check_launcher(void) {
+    watch.orphan_looks = getppid() == watch.launcher ? 0 : watch.orphan_looks + 1;
+    if (watch.orphan_looks < GONE_LOOKS || atomic_load(&watch.hook)) return;
+    log_error("the launcher (process %d) is gone: leaving", (int)watch.launcher);
+    _exit(STATUS_COMM);
+}
+
 static int look(void *unused) {
     (void)unused;
     struct pollfd stop = {.fd = watch.stop_fd, .events = POLLIN};
     while (poll(&stop, 1, LOOK_MS) <= 0) {
         notice_stop();
+        check_launcher();
         const int expected = atomic_load(&watch.expected);
         if (expected < 0 || watch.sibling_count < expected) find_siblings();
         check_limit(atomic_load(&watch.stage));

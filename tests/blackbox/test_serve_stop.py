@@ -236,6 +236,24 @@ def test_R11_launcher_killed():
         server.kill()
 
 
+@pytest.mark.parametrize("phase, slow", [("init", 0), ("init", 1), ("load", 0), ("load", 1)])
+def test_R11_launcher_killed_before_ready(phase, slow):
+    server, ranks = Server(wait=False, env={"SFUMATO_FAULT": f"{phase}-delay:{slow}:60000"}), []
+    try:
+        if phase == "load":
+            server.wait_line("compute backend")
+        while len(ranks) < 2:
+            ranks = server.ranks()
+        time.sleep(0.3)
+        server.process.kill()
+        assert gone(ranks, 2)
+    finally:
+        for pid in ranks:
+            with contextlib.suppress(OSError):
+                os.kill(pid, signal.SIGKILL)
+        server.kill()
+
+
 # --- R6 ---
 
 
