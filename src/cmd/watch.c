@@ -13,6 +13,7 @@
 
 #include <dirent.h>
 #include <poll.h>
+#include <pthread.h>
 #include <signal.h>
 #include <stdatomic.h>
 #include <stdio.h>
@@ -26,7 +27,7 @@
 #include "base/progress.h"
 #include "cmd/beat.h"
 
-enum { LOOK_MS = 100, LATER_SECONDS = 2, LIMIT_LATER_SECONDS = 3 };
+enum { LOOK_MS = 100, LATER_SECONDS = 2, LIMIT_LATER_SECONDS = 3, LATE_SCANS = 10 };
 /* The launcher's SIGTERM comes a second after a rank was lost. */
 enum { GONE_LOOKS = 3, SILENT_LOOKS = 5 };
 #define MARGIN_SECONDS 0.2 /* a step's own deadline, with the better message, comes first */
@@ -54,10 +55,12 @@ static struct {
     bool speaks;      /* for rank 0 when that is gone; until it has, or was stopped itself */
     double last_look; /* clock */
     _Atomic(const struct watch_stage *) stage;
-    _Atomic double limit; /* clock; 0: none */
-    _Atomic(void *) hook_user;
-    void (*_Atomic hook)(void *user, int exit_code, const char *text);
-} watch;
+    _Atomic double limit;      /* clock; 0: none */
+    int late_scans;            /* of /proc, since all ranks are there */
+    pthread_mutex_t hook_lock; /* held from the call to the end: what the hook uses stays */
+    void *hook_user;
+    void (*hook)(void *user, int exit_code, const char *text);
+} watch = {.hook_lock = PTHREAD_MUTEX_INITIALIZER};
 
 /* ---- /proc ---- */
 
@@ -121,9 +124,9 @@ static void find_siblings(void) {
 /* ---- the end ---- */
 
 static void leave(int exit_code, const char *text) {
-    void (*const hook)(void *, int, const char *) = atomic_load(&watch.hook);
     log_failure(text);
-    if (hook) hook(atomic_load(&watch.hook_user), exit_code, text);
+    pthread_mutex_lock(&watch.hook_lock);
+    if (watch.hook) watch.hook(watch.hook_user, exit_code, text);
     if (watch.is_spread) comm_guard(watch.launcher);
     _exit(exit_code);
 }
@@ -223,7 +226,11 @@ static void notice_stop(void) {
 /* Where this rank serves, the net thread tells its clients. Open MPI's own threads see it too, when there are any. */
 static void check_launcher(void) {
     watch.orphan_looks = getppid() == watch.launcher ? 0 : watch.orphan_looks + 1;
-    if (watch.orphan_looks < GONE_LOOKS || atomic_load(&watch.hook)) return;
+    if (watch.orphan_looks < GONE_LOOKS) return;
+    pthread_mutex_lock(&watch.hook_lock);
+    const bool serves = watch.hook != NULL;
+    pthread_mutex_unlock(&watch.hook_lock);
+    if (serves) return;
     log_error("the launcher (process %d) is gone: leaving", (int)watch.launcher);
     _exit(STATUS_COMM);
 }
@@ -235,7 +242,9 @@ static int look(void *unused) {
         notice_stop();
         check_launcher();
         const int expected = atomic_load(&watch.expected);
-        if (expected < 0 || watch.sibling_count < expected) find_siblings();
+        /* not children of the same process, perhaps: a few times, not for ever */
+        if (expected < 0 || (watch.sibling_count < expected && watch.late_scans++ < LATE_SCANS))
+            find_siblings();
         check_limit(atomic_load(&watch.stage));
         if (watch.seconds == 0) continue;
         check_siblings();
@@ -287,9 +296,10 @@ void watch_joined(comm *c) {
 }
 
 void watch_on_end(void (*hook)(void *user, int exit_code, const char *text), void *user) {
-    atomic_store(&watch.hook, NULL);
-    atomic_store(&watch.hook_user, user);
-    atomic_store(&watch.hook, hook);
+    pthread_mutex_lock(&watch.hook_lock);
+    watch.hook = hook;
+    watch.hook_user = user;
+    pthread_mutex_unlock(&watch.hook_lock);
 }
 
 void watch_stop(void) {
