@@ -509,6 +509,8 @@ bool param_given(const struct params *p, enum param_id id) {
     return p->origin[id] != PARAM_DEFAULT;
 }
 
+const char *param_flag(enum param_id id) { return rows[id].flag; }
+
 const char *param_word(const struct params *p, enum param_id id) {
     static _Thread_local char word[32];
     ASSERT(rows[id].kind == KIND_CHOICE);

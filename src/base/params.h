@@ -66,6 +66,8 @@ void params_help(enum params_command command, const char *program, const char *u
 
 /* True unless the value is the table's default. */
 bool param_given(const struct params *p, enum param_id id);
+/* "top-p" */
+const char *param_flag(enum param_id id);
 /* The word chosen by a CHOICE row. */
 const char *param_word(const struct params *p, enum param_id id);
 

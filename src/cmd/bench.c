@@ -40,26 +40,21 @@ void bench_write_summary(struct json_writer *w, const char *key, struct bench_su
     json_end(w, '}');
 }
 
-/* The flags that say what is measured; each bench knows some, and refuses the others. */
+/* Every bench knows some options, and refuses the others where they are given by hand; what comes from the
+ * environment or a file may be meant for other commands. */
 static enum status refuse_idle_flags(const struct params *p, const char *bench, const int *known) {
-    static const struct {
-        enum param_id id;
-        const char *flag;
-    } flags[] = {{PARAM_dims, "--dims"},
-                 {PARAM_layers, "--layers"},
-                 {PARAM_batch, "--batch"},
-                 {PARAM_context, "--context"},
-                 {PARAM_rounds, "--rounds"},
-                 {PARAM_model, "--model"},
-                 {PARAM_seed, "--seed"},
-                 {PARAM_rank_of, "--rank-of"},
-                 {PARAM_collective_us, "--collective-us"},
-                 {PARAM_compare_hard, "--compare-hard"}};
-    for (size_t i = 0; i < sizeof flags / sizeof *flags; i++) {
+    static const int always[] = {PARAM_json,     PARAM_collective_timeout,
+                                 PARAM_config,   PARAM_log_level,
+                                 PARAM_log_json, PARAM_quiet,
+                                 PARAM_help,     PARAM_NONE};
+    for (int id = PARAM_COUNT - 1; id >= 0; id--) {
         bool is_known = false;
-        for (const int *k = known; *k != PARAM_NONE; k++) is_known |= *k == (int)flags[i].id;
-        if (!is_known && p->origin[flags[i].id] == PARAM_COMMAND_LINE)
-            return fail(STATUS_USAGE, "%s does nothing in bench %s", flags[i].flag, bench);
+        for (const int *k = always; *k != PARAM_NONE; k++) is_known |= *k == id;
+        for (const int *k = known; *k != PARAM_NONE; k++) is_known |= *k == id;
+        if (!is_known && p->origin[id] == PARAM_COMMAND_LINE) {
+            return fail(STATUS_USAGE, "--%s does nothing in bench %s",
+                        param_flag((enum param_id)id), bench);
+        }
     }
     return STATUS_OK;
 }
@@ -68,16 +63,46 @@ enum status cmd_bench(struct host *h) {
     static const struct {
         const char *name;
         enum status (*run)(struct host *h);
-        int flags[12];
-    } benches[] = {
-        {"step",
-         bench_step,
-         {PARAM_dims, PARAM_layers, PARAM_batch, PARAM_context, PARAM_rounds, PARAM_model,
-          PARAM_seed, PARAM_rank_of, PARAM_collective_us, PARAM_compare_hard, PARAM_NONE}},
-        {"load", bench_load, {PARAM_rounds, PARAM_model, PARAM_NONE}},
-        {"comm", bench_comm, {PARAM_NONE}},
-        {"sampler", bench_sampler, {PARAM_rounds, PARAM_NONE}},
-        {"tokenizer", bench_tokenizer, {PARAM_model, PARAM_NONE}}};
+        int flags[32];
+    } benches[] = {{"step",
+                    bench_step,
+                    {PARAM_dims,
+                     PARAM_layers,
+                     PARAM_batch,
+                     PARAM_context,
+                     PARAM_rounds,
+                     PARAM_model,
+                     PARAM_seed,
+                     PARAM_rank_of,
+                     PARAM_collective_us,
+                     PARAM_compare_hard,
+                     PARAM_backend,
+                     PARAM_isa,
+                     PARAM_gemm,
+                     PARAM_numerics,
+                     PARAM_comm,
+                     PARAM_prefix_cache,
+                     PARAM_dtype,
+                     PARAM_kv_dtype,
+                     PARAM_max_num_batched_tokens,
+                     PARAM_run_steps,
+                     PARAM_launch_ahead,
+                     PARAM_kv_memory,
+                     PARAM_threads,
+                     PARAM_slabs,
+                     PARAM_deterministic,
+                     PARAM_chat_template,
+                     PARAM_NONE}},
+                   {"load",
+                    bench_load,
+                    {PARAM_rounds, PARAM_model, PARAM_backend, PARAM_isa, PARAM_gemm,
+                     PARAM_numerics, PARAM_dtype, PARAM_kv_dtype, PARAM_threads, PARAM_slabs,
+                     PARAM_deterministic, PARAM_chat_template, PARAM_NONE}},
+                   {"comm", bench_comm, {PARAM_comm, PARAM_NONE}},
+                   {"sampler",
+                    bench_sampler,
+                    {PARAM_rounds, PARAM_backend, PARAM_isa, PARAM_threads, PARAM_NONE}},
+                   {"tokenizer", bench_tokenizer, {PARAM_model, PARAM_chat_template, PARAM_NONE}}};
     for (size_t i = 0; h->params.positional && i < sizeof benches / sizeof *benches; i++) {
         if (strcmp(benches[i].name, h->params.positional) != 0) continue;
         TRY(refuse_idle_flags(&h->params, benches[i].name, benches[i].flags));

@@ -221,6 +221,7 @@ enum status bench_load(struct host *h) {
     if (h->ranks > 1) return fail(STATUS_USAGE, "bench load runs on one rank: leave mpirun out");
     TRY(host_open_text(h));
     host_plan_model(h);
+    TRY(host_check_options(h));
     host_plan_backend(h);
     struct load_bench *b = calloc(1, sizeof *b);
     if (!b) return fail(STATUS_MEMORY, "no memory for a bench");

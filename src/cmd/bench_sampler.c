@@ -141,13 +141,17 @@ static void time_vocab(struct host *h, struct sampler_case *s, struct json_write
 
 static enum status run(struct host *h) {
     static const int64_t vocabs[] = {768, 32000, 49152, 128256, 151936, 262144};
-    h->backend_config = (struct backend_config){
-        .isa = h->params.backend == 2 ? ISA_SCALAR : (enum backend_isa)h->params.isa,
-        .threads = (int)h->params.threads,
-        .local_ranks = 1,
-        .rows_max = 1,
-        .logit_rows_max = 1,
-        .probes_max = 1};
+    TRY(host_check_machine(h));
+    if (h->params.backend == BACKEND_IS_CUDA)
+        return fail(STATUS_USAGE, "bench sampler is of the CPU: leave --backend cuda out");
+    h->backend_config = (struct backend_config){.isa = h->params.backend == BACKEND_IS_SCALAR
+                                                           ? ISA_SCALAR
+                                                           : (enum backend_isa)h->params.isa,
+                                                .threads = (int)h->params.threads,
+                                                .local_ranks = 1,
+                                                .rows_max = 1,
+                                                .logit_rows_max = 1,
+                                                .probes_max = 1};
     TRY(cpu_open(&h->backend_config, &h->backend));
     /* Scratch grows while matrices are made; this one is as wide as the widest vocabulary. */
     const int64_t widest = vocabs[sizeof vocabs / sizeof *vocabs - 1];

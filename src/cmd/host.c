@@ -181,9 +181,6 @@ enum status host_open_text(struct host *h) {
 
 /* ---- the loaded model ---- */
 
-/* Words of --backend, in the order of params.def. */
-enum { BACKEND_IS_AUTO, BACKEND_IS_CPU, BACKEND_IS_SCALAR, BACKEND_IS_CUDA };
-
 void host_plan_model(struct host *h) {
     const struct params *p = &h->params;
     const struct model_config *c = &h->source->config;
@@ -219,34 +216,38 @@ void host_plan_model(struct host *h) {
     };
 }
 
-static enum status check_options(struct host *h) {
-    const struct model_config *c = &h->source->config;
-    struct shard_dims dims;
-    if (h->params.max_model_len > c->max_positions) {
-        return fail(STATUS_USAGE,
-                    "--max-model-len %lld: the model was made for at most %d positions",
-                    (long long)h->params.max_model_len, c->max_positions);
-    }
+enum status host_check_machine(const struct host *h) {
+    const bool cuda = h->params.backend == BACKEND_IS_CUDA;
     if (h->params.backend == BACKEND_IS_SCALAR && h->params.isa > 1) {
         return fail(STATUS_USAGE, "--backend cpu-scalar contradicts --isa %s",
                     param_word(&h->params, PARAM_isa));
     }
-    if (h->params.gemm > 0 &&
-        (h->params.backend != BACKEND_IS_CUDA || (h->params.deterministic && h->params.gemm > 1))) {
+    if (h->params.gemm > 0 && (!cuda || (h->params.deterministic && h->params.gemm > 1))) {
         return fail(STATUS_USAGE, "--gemm %s is for --backend cuda without --deterministic",
                     param_word(&h->params, PARAM_gemm));
+    }
+    if (cuda && (h->params.isa > 0 || h->params.numerics > 0 || h->params.threads > 0)) {
+        return fail(STATUS_USAGE,
+                    "--isa, --numerics and --threads are for the CPU: leave them out with "
+                    "--backend cuda");
+    }
+    return STATUS_OK;
+}
+
+enum status host_check_options(const struct host *h) {
+    const struct model_config *c = &h->source->config;
+    struct shard_dims dims;
+    TRY(host_check_machine(h));
+    if (h->params.max_model_len > c->max_positions) {
+        return fail(STATUS_USAGE,
+                    "--max-model-len %lld: the model was made for at most %d positions",
+                    (long long)h->params.max_model_len, c->max_positions);
     }
     if (h->model_options.kv_dtype == BACKEND_FP8 && h->params.backend != BACKEND_IS_CUDA) {
         return fail(
             STATUS_USAGE,
             "--kv-dtype fp8 is for --backend cuda: the CPU backend keeps keys and values in "
             "f32 or bf16");
-    }
-    if (h->params.backend == BACKEND_IS_CUDA &&
-        (h->params.isa > 0 || h->params.numerics > 0 || h->params.threads > 0)) {
-        return fail(STATUS_USAGE,
-                    "--isa, --numerics and --threads are for the CPU: leave them out with "
-                    "--backend cuda");
     }
     if (h->model_options.weight_dtype == BACKEND_FP8 && h->params.backend != BACKEND_IS_CUDA) {
         return fail(STATUS_USAGE,
@@ -470,7 +471,7 @@ void host_log_ready(const struct host *h) {
 
 enum status host_open_model(struct host *h) {
     host_plan_model(h);
-    TRY(comm_agree(h->comm, check_options(h)));
+    TRY(comm_agree(h->comm, host_check_options(h)));
     TRY(comm_agree(h->comm, open_backend(h)));
     TRY(host_plan_memory(h));
     TRY(agree_on_model(h));

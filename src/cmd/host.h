@@ -23,6 +23,9 @@
 #include "text/chat.h"
 #include "text/tokenizer.h"
 
+/* Words of --backend, in the order of params.def. */
+enum { BACKEND_IS_AUTO, BACKEND_IS_CPU, BACKEND_IS_SCALAR, BACKEND_IS_CUDA };
+
 struct host {
     enum params_command command;
     struct params params;
@@ -80,6 +83,9 @@ enum status host_phase(struct host *h, enum status mine, const char *what, const
 void host_phase_alone(struct host *h, const char *what, const char *detail);
 /* Options that go into model_need, without opening anything: also for `inspect`. */
 void host_plan_model(struct host *h);
+/* Options that contradict one another: those of the machine, and all of them once a model is planned. */
+enum status host_check_machine(const struct host *h);
+enum status host_check_options(const struct host *h);
 /* backend_config from the options, rows_max and the like. Collective: one numeric class for all. */
 void host_plan_backend(struct host *h);
 /* A backend of the chosen kind, planned so. Not collective. */

@@ -193,6 +193,8 @@ enum status cmd_selftest(struct host *h) {
         return fail(STATUS_USAGE,
                     "%s: selftest has the parts verbs, comm and model; none named = all", only);
     }
+    TRY(host_check_machine(h));
+    if (sched_getaffinity(0, sizeof t.cores, &t.cores) != 0) memset(&t.cores, 0xff, sizeof t.cores);
     TRY(open_machine(&t));
     json_writer_init(&t.json);
     json_begin(&t.json, '[');

@@ -12,11 +12,14 @@
 #ifndef SFUMATO_CMD_SELFTEST_H
 #define SFUMATO_CMD_SELFTEST_H
 
+#include <sched.h>
+
 #include "base/json.h"
 #include "cmd/host.h"
 
 struct selftest {
     struct host *h;
+    cpu_set_t cores;              /* that this process may use: opening a backend pins the caller */
     bool exact;                   /* the chosen backend must give the reference's bits */
     enum backend_dtype dtypes[2]; /* weights it computes with */
     int dtype_count;

@@ -538,8 +538,9 @@ static void check_speed(const struct lab *l) {
         best = fmax(best, 1e-9 * (double)bytes / (seconds > 0 ? seconds : 1e-9));
     }
     selftest_check_true(l->t, "read_sweep", "reads the weights and keys it says", bytes > 0);
-    selftest_note(l->t, "read, multiply-add", "%.2f GB/s of %.1f MB (toy matrices), %.1f GFLOP/s",
-                  best, 1e-6 * (double)bytes, 1e-9 * be->ops->peak_flops(be, 0.05));
+    selftest_note(l->t, "read, multiply-add",
+                  "%.2f GB/s of %.1f MB (toy matrices), %.1f GFLOP/s, %d threads", best,
+                  1e-6 * (double)bytes, 1e-9 * be->ops->peak_flops(be, 0.05), be->threads);
 }
 
 static void run_shape(struct selftest *t, const struct shape *s, enum backend_dtype dtype,
@@ -589,6 +590,10 @@ static void report(struct selftest *t, enum backend_dtype dtype, const struct wo
 
 void selftest_verbs(struct selftest *t) {
     const bool exact = t->exact;
+    cpu_set_t pinned;
+    const bool is_known = sched_getaffinity(0, sizeof pinned, &pinned) == 0;
+    /* the machine's backend has taken its cores, which these here use in turn */
+    if (is_known) sched_setaffinity(0, sizeof t->cores, &t->cores);
     for (int d = 0; d < t->dtype_count; d++) {
         struct worst w = {.rows_alone = true};
         /* the numeric class is of bf16 products only */
@@ -598,5 +603,6 @@ void selftest_verbs(struct selftest *t) {
             run_shape(t, &shapes[i], t->dtypes[d], &w, d + 1 == t->dtype_count && i + 1 == SHAPES);
         report(t, t->dtypes[d], &w);
     }
+    if (is_known) sched_setaffinity(0, sizeof pinned, &pinned);
     t->exact = exact;
 }

@@ -1,6 +1,7 @@
 """tokenize, score, inspect, bench, help: what they print."""
 import json
 import math
+import re
 
 import pytest
 from conftest import BUILD, TINY, chat, generate, launch, problems
@@ -144,6 +145,14 @@ def test_bench_step_of_one_rank_among_many(tmp_path):
     slow = bench("--rank-of", "2/4", "--collective-us", "2000", "--compare-hard")["batches"][0]
     assert slow["step_ms"]["min"] >= 6 * 2.0  # the concept token, two a layer, the gather
     assert slow["hard_step_ms"]["min"] >= 6 * 2.0 and slow["soft_cost"] > -1
+
+
+def test_selftest_checks_the_verbs_with_all_threads():
+    """As many as `generate` computes with: opening a backend leaves its caller one core."""
+    threads = re.search(rb", (\d+) threads?,", launch("generate", "--raw", "-p", "x", "--max-tokens", "1").err)[1].decode()
+    checks = launch("selftest", "verbs", "--quiet", "--json", model=None).lines[-1]["checks"]
+    (speed,) = [c["detail"] for c in checks if c.get("note") == "read, multiply-add"]
+    assert speed.endswith(f", {threads} threads"), speed
 
 
 def test_bench_others_smoke():

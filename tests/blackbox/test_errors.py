@@ -129,15 +129,21 @@ def test_prompt_too_long():
         (["score"], ["--input"]),
         (["bench", "stairs"], ["step"]),
         (["bench", "comm", "--batch", "4"], ["--batch", "comm"]),
+        (["bench", "comm", "--threads", "1"], ["--threads", "comm"]),
+        (["bench", "step", "--max-model-len", "64"], ["--max-model-len", "step"]),
+        (["bench", "sampler", "--dtype", "f32"], ["--dtype", "sampler"]),
+        (["bench", "tokenizer", "--isa", "avx2"], ["--isa", "tokenizer"]),
+        (["bench", "load", "--gemm", "own"], ["--gemm", "--backend cuda"]),
         (["bench", "step", "--rank-of", "8/8"], ["--rank-of", "R/N"]),
         (["bench", "step", "--collective-us", "5"], ["--rank-of"]),
+        (["selftest", "--backend", "cpu-scalar", "--isa", "avx2"], ["contradicts"]),
         (["frob"], ["frob", "generate"]),
     ],
 )
 @pytest.mark.parametrize("ranks", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_usage(args, words, ranks):
     quiet = {"SFUMATO_QUIET": "1"}
-    only_message(launch(*args, ranks=ranks, model=None if args[0] == "frob" else TINY, env=quiet), 2, *words)
+    only_message(launch(*args, ranks=ranks, model=None if args[0] in ("frob", "selftest") or args[1:2] == ["sampler"] else TINY, env=quiet), 2, *words)
 
 
 def test_environment_and_config_file(tmp_path):
