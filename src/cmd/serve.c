@@ -134,16 +134,19 @@ static void on_bug(int exit_code) {
 
 static void on_load(void *user, double ratio) { net_progress(user, ratio); }
 
-/* Changes whenever bits of results may: serving.md §4.1. */
+/* Changes whenever bits of results may: serving.md §4.1. Powers of two ranks give the same bits where sums are
+ * in slab order, on a GPU with --deterministic; without, how it multiplies and sums over ranks counts too. */
 static void make_fingerprint(struct serving *s) {
     const struct host *h = s->host;
-    const bool any_ranks = (h->ranks & (h->ranks - 1)) != 0; /* powers of two give the same bits */
+    const bool ordered = h->backend->numerics != NUMERICS_CUDA || h->params.deterministic;
+    const bool any_ranks = !ordered || (h->ranks & (h->ranks - 1)) != 0;
     char text[256];
-    const int n =
-        snprintf(text, sizeof text, "%s|cpu|%s|%s|%d|%d|%d|%d", SFUMATO_VERSION,
-                 backend_isa_name(h->backend->isa), backend_numerics_name(h->backend->numerics),
-                 h->model_options.weight_dtype, h->model_options.kv_dtype, h->model_options.slabs,
-                 any_ranks ? h->ranks : 0);
+    const int n = snprintf(
+        text, sizeof text, "%s|%s|%s|%s|%d|%d|%d|%d|%d|%s|%s", SFUMATO_VERSION,
+        h->backend->ops->name, backend_isa_name(h->backend->isa),
+        backend_numerics_name(h->backend->numerics), h->model_options.weight_dtype,
+        h->model_options.kv_dtype, h->model_options.slabs, any_ranks ? h->ranks : 0, ordered,
+        ordered ? "" : param_word(&h->params, PARAM_gemm), ordered ? "" : comm_path_name(h->comm));
     uint32_t digest = 0x811c9dc5u; /* FNV-1a */
     for (int i = 0; i < n; i++) digest = (digest ^ (unsigned char)text[i]) * 0x01000193u;
     snprintf(s->fingerprint, sizeof s->fingerprint, "sfumato-%s-%08x", SFUMATO_VERSION, digest);
@@ -155,8 +158,10 @@ static void report_start(struct serving *s) {
     snprintf(labels, sizeof labels, "block_size=\"%d\",num_blocks=\"%d\",", KV_PAGE_TOKENS,
              h->engine_options.page_count);
     metrics_set_info(s->metrics, METRIC_cache_config, labels);
-    snprintf(labels, sizeof labels, "version=\"%s\",backend=\"cpu-%s\",tp=\"%d\",dtype=\"%s\",",
-             SFUMATO_VERSION, backend_isa_name(h->backend->isa), h->ranks,
+    const bool cpu = h->backend->numerics != NUMERICS_CUDA; /* whose instruction set counts */
+    snprintf(labels, sizeof labels, "version=\"%s\",backend=\"%s%s%s\",tp=\"%d\",dtype=\"%s\",",
+             SFUMATO_VERSION, h->backend->ops->name, cpu ? "-" : "",
+             cpu ? backend_isa_name(h->backend->isa) : "", h->ranks,
              backend_dtype_name(h->model_options.weight_dtype));
     metrics_set_info(s->metrics, METRIC_build, labels);
     metric_set(s->metrics, METRIC_ranks, 0, h->ranks);

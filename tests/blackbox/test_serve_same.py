@@ -6,7 +6,7 @@ import random
 import threading
 
 import pytest
-from conftest import chat, problems
+from conftest import BUILD, chat, problems
 from served import Server, raw_socket
 
 COUNT = int(os.environ.get("SFUMATO_SAME", 200))  # each of them alone; half of them in each way
@@ -111,3 +111,22 @@ def test_R12_R15_fingerprint():
     assert len(set(prints.values())) == len(prints) - ("avx512" in prints and "avx512_bf16" not in flags), prints
     with Server(ranks=2) as server:
         assert server.chat("Hi", max_tokens=1)["system_fingerprint"] == prints["bf16"]
+
+
+EMULATED = BUILD / "tests" / "sfumato_emulated"
+
+
+@pytest.mark.skipif(not EMULATED.exists(), reason="tests/sfumato_emulated is not built (no g++)")
+@pytest.mark.slow
+def test_R12_fingerprint_of_a_gpu():
+    """Fast sums differ with ranks and with the way between them; --deterministic gives the same on 1 and 2 ranks."""
+    ways = {"fast": (1,), "own": (1, "--gemm", "own"), "fast, 2": (2, "--comm", "fused"), "mpi, 2": (2, "--comm", "mpi"),
+            "fixed": (1, "--deterministic"), "fixed, 2": (2, "--deterministic", "--comm", "fused")}
+    prints = {}
+    for name, (ranks, *more) in ways.items():
+        wrapper = ["mpirun", "-n", str(ranks), str(EMULATED)]
+        small = ("--max-num-seqs", "2", "--max-num-batched-tokens", "32", "--kv-memory", "1M", "--run-steps", "0")
+        with Server("--backend", "cuda", *small, *more, wrapper=wrapper, env={"LD_LIBRARY_PATH": str(EMULATED.parent / "stub")}) as server:
+            prints[name] = server.complete("Hi", max_tokens=1)["system_fingerprint"]
+            assert [n for n in server.metrics() if "build_info" in n and 'backend="cuda"' in n]
+    assert prints["fixed"] == prints["fixed, 2"] and len(set(prints.values())) == 5, prints
