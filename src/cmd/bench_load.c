@@ -13,7 +13,6 @@
  * what it reads comes near `read`: load / fill tells what the loader itself costs. One rank: R ranks
  * read at once and share what the disk gives.
  */
-#include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <stdatomic.h>
@@ -31,6 +30,8 @@ enum { FILES_MAX = 1024, READ_BYTES = 4 << 20 };
 
 struct weight_file {
     int fd;
+    dev_t device;
+    ino_t inode;
     int64_t bytes, pieces_end; /* pieces of READ_BYTES of this and all files before */
 };
 
@@ -154,36 +155,48 @@ static enum status run_rounds(struct load_bench *b, bool cold, struct load_resul
 
 /* ---- set-up ---- */
 
+/* Once, however often it is named. */
 static enum status add_file(struct load_bench *b, const char *path) {
     struct stat info;
     const int fd = open(path, O_RDONLY | O_CLOEXEC);
     if (fd < 0) return fail(STATUS_MODEL, "%s: %s", path, strerror(errno));
+    for (int i = 0; i < b->file_count && fstat(fd, &info) == 0; i++) {
+        if (b->files[i].device != info.st_dev || b->files[i].inode != info.st_ino) continue;
+        close(fd);
+        return STATUS_OK;
+    }
     if (b->file_count == FILES_MAX || fstat(fd, &info) != 0) {
         close(fd);
         return fail(STATUS_MODEL, "%s: more than %d files", path, (int)FILES_MAX);
     }
     const int64_t pieces = (info.st_size + READ_BYTES - 1) / READ_BYTES;
     const int64_t before = b->file_count > 0 ? b->files[b->file_count - 1].pieces_end : 0;
-    b->files[b->file_count++] = (struct weight_file){fd, info.st_size, before + pieces};
+    b->files[b->file_count++] =
+        (struct weight_file){fd, info.st_dev, info.st_ino, info.st_size, before + pieces};
     b->bytes += info.st_size;
     return STATUS_OK;
 }
 
-/* The .safetensors files of a folder, or the one GGUF file. */
+/* What the source has opened: the one GGUF file, model.safetensors, or the files of the index. A folder may
+ * hold more. */
 static enum status find_files(struct load_bench *b) {
     const char *path = b->host->source->path;
+    char name[sizeof b->host->source->path + 512];
     if (strcmp(b->host->source->ops->kind, "safetensors") != 0) return add_file(b, path);
-    DIR *folder = opendir(path);
-    if (!folder) return fail(STATUS_MODEL, "%s: %s", path, strerror(errno));
+    snprintf(name, sizeof name, "%s/model.safetensors", path);
+    if (access(name, F_OK) == 0) return add_file(b, name);
+    json_t *root = NULL;
+    const char *tensor;
+    json_t *file;
+    snprintf(name, sizeof name, "%s/model.safetensors.index.json", path);
+    TRY(json_load_path(name, STATUS_MODEL, &root));
     enum status status = STATUS_OK;
-    for (struct dirent *e; status == STATUS_OK && (e = readdir(folder)) != NULL;) {
-        char name[sizeof b->host->source->path + sizeof e->d_name + 1];
-        const char *end = strrchr(e->d_name, '.');
-        if (!end || strcmp(end, ".safetensors") != 0) continue;
-        snprintf(name, sizeof name, "%s/%s", path, e->d_name);
-        status = add_file(b, name);
+    json_object_foreach(json_object_get(root, "weight_map"), tensor, file) {
+        snprintf(name, sizeof name, "%s/%s", path, json_string_value(file));
+        TRY_GOTO(add_file(b, name), out);
     }
-    closedir(folder);
+out:
+    json_decref(root);
     return status;
 }
 

@@ -155,6 +155,20 @@ def test_selftest_checks_the_verbs_with_all_threads():
     assert speed.endswith(f", {threads} threads"), speed
 
 
+def test_bench_load_reads_what_is_loaded(broken):
+    """The files of the index, each once, and no other that lies there."""
+    folder = broken()
+    raw = (folder / "model.safetensors").read_bytes()
+    header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
+    (folder / "model.safetensors").rename(folder / "only.safetensors")
+    (folder / "consolidated.safetensors").write_bytes(bytes(1000))
+    names = {name: "only.safetensors" for name in header if name != "__metadata__"}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+    result = launch("bench", "load", "--rounds", "3", "--json", model=folder)
+    assert result.status == 0, result.err
+    assert json.loads(result.out.decode().splitlines()[-1])["file_bytes"] == len(raw)
+
+
 def test_bench_others_smoke():
     assert b"candidates" in launch("bench", "sampler", "--quiet", "--rounds", "3", model=None).out
     assert launch("bench", "tokenizer", "--quiet").status == 0
