@@ -360,7 +360,6 @@ static void generation_fini(struct generation *g) {
     engine_free(g->engine);
     progress_end(&g->progress);
     json_writer_fini(&g->writer);
-    lines_close(&g->lines);
 }
 
 enum status cmd_generate(struct host *h) {
@@ -383,5 +382,5 @@ enum status cmd_generate(struct host *h) {
     engine_stop(g.engine);
 out:
     generation_fini(&g);
-    return status;
+    return lines_close(&g.lines, status);
 }

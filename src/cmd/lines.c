@@ -38,8 +38,11 @@ static bool is_same_file(int in, const char *path) {
 }
 
 enum status lines_open_output(struct lines *l, const char *output) {
-    l->out = strcmp(output, "-") == 0 ? stdout : fopen(output, "we");
-    return l->out ? STATUS_OK : fail(STATUS_USAGE, "--output %s: %s", output, strerror(errno));
+    const int flags = O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC | O_NOCTTY;
+    const int out = strcmp(output, "-") == 0 ? STDOUT_FILENO : open(output, flags, 0666);
+    if (out < 0) return fail(STATUS_USAGE, "--output %s: %s", output, strerror(errno));
+    l->out = out;
+    return STATUS_OK;
 }
 
 enum status lines_open(struct lines *l, const char *input, const char *output) {
@@ -63,12 +66,19 @@ enum status lines_open(struct lines *l, const char *input, const char *output) {
     return lines_open_output(l, output);
 }
 
-void lines_close(struct lines *l) {
+static enum status output_failure(void) {
+    return fail(STATUS_USAGE, "the output cannot be written: %s", strerror(errno));
+}
+
+enum status lines_close(struct lines *l, enum status status) {
     if (l->in > STDIN_FILENO) close(l->in);
-    if (l->out && l->out != stdout) fclose(l->out);
+    /* where a file system writes late, this is when it says so */
+    if (l->out > STDERR_FILENO && close(l->out) != 0 && status == STATUS_OK)
+        status = output_failure();
     free(l->chunk);
     free(l->line);
     *l = (struct lines){0};
+    return status;
 }
 
 static bool is_blank(const char *text, size_t n) {
@@ -103,50 +113,68 @@ static int next_byte(struct lines *l) {
     return l->ended ? EOF : (unsigned char)l->chunk[l->chunk_begin++];
 }
 
-/* Reads up to the newline, keeping at most LINES_BYTES_MAX bytes. False at the end of the input. */
-static bool read_line(struct lines *l, bool *too_long) {
-    int c;
-    l->n = 0;
-    *too_long = false;
-    while ((c = next_byte(l)) != EOF && c != '\n') {
-        if (l->n + 1 >= l->capacity && !*too_long) {
-            const size_t capacity = l->capacity ? 2 * l->capacity : 4096;
-            char *grown = l->n < LINES_BYTES_MAX ? realloc(l->line, capacity) : NULL;
-            if (grown) {
-                l->line = grown;
-                l->capacity = capacity;
-            } else {
-                *too_long = true;
-            }
-        }
-        if (!*too_long) l->line[l->n++] = (char)c;
+/* Room for one byte more; false when there is none: *why. */
+static bool grow_line(struct lines *l, const char **why) {
+    if (l->n < l->capacity) return true;
+    if (l->n == LINES_BYTES_MAX) {
+        *why = "it is too long";
+        return false;
     }
-    if (c == EOF && l->n == 0) return false;
+    const size_t capacity = l->capacity ? 2 * l->capacity : 4096; /* up to LINES_BYTES_MAX */
+    char *grown = realloc(l->line, capacity);
+    if (!grown) {
+        *why = "there is no memory for it";
+        return false;
+    }
+    l->line = grown;
+    l->capacity = capacity;
+    return true;
+}
+
+/* Reads up to the newline. False at the end of the input. *why: the line could not be kept. */
+static bool read_line(struct lines *l, const char **why) {
+    int c;
+    bool any = false;
+    l->n = 0;
+    *why = NULL;
+    while ((c = next_byte(l)) != EOF && c != '\n') {
+        any = true;
+        if (!*why && grow_line(l, why)) l->line[l->n++] = (char)c;
+    }
+    if (c == EOF && !any) return false;
     l->number++;
     return true;
 }
 
 enum status lines_next(struct lines *l) {
-    bool too_long;
+    const char *why;
     do {
-        const bool found = read_line(l, &too_long);
+        const bool found = read_line(l, &why);
         if (l->read_error) {
             return fail(STATUS_USAGE, "the input cannot be read: %s", strerror(l->read_error));
         }
         if (!found) return STATUS_END;
-        if (too_long) {
-            return fail(STATUS_REQUEST, "line %lld is longer than %d bytes", (long long)l->number,
-                        LINES_BYTES_MAX);
+        if (why) {
+            return fail(STATUS_REQUEST, "line %lld: %s (at most %d bytes)", (long long)l->number,
+                        why, LINES_BYTES_MAX);
         }
     } while (is_blank(l->line, l->n));
     return STATUS_OK;
 }
 
 enum status lines_write(struct lines *l, struct json_writer *w) {
-    if (w->failed) return fail(STATUS_MEMORY, "no memory for an output line");
     json_write_bytes(w, "\n", 1);
-    if (fwrite(w->bytes, 1, w->n, l->out) != w->n || fflush(l->out) != 0) {
-        return fail(STATUS_USAGE, "the output cannot be written: %s", strerror(errno));
+    if (w->failed) return fail(STATUS_MEMORY, "no memory for an output line");
+    for (size_t at = 0; at < w->n;) {
+        const ssize_t n = write(l->out, w->bytes + at, w->n - at);
+        if (n > 0) {
+            at += (size_t)n;
+        } else if (n < 0 && errno == EAGAIN) { /* made not to block by who shares it */
+            struct pollfd ready = {.fd = l->out, .events = POLLOUT};
+            poll(&ready, 1, -1);
+        } else if (n == 0 || errno != EINTR) {
+            return output_failure();
+        }
     }
     json_writer_clear(w);
     return STATUS_OK;

@@ -318,6 +318,5 @@ out:
     engine_free(s.engine);
     progress_end(&s.progress);
     json_writer_fini(&s.writer);
-    lines_close(&s.lines);
-    return status;
+    return lines_close(&s.lines, status);
 }

@@ -134,8 +134,7 @@ static enum status tokenize(struct host *h) {
                                : lines_open(&lines, p->input ? p->input : "-", p->output);
     if (status == STATUS_OK) status = run_lines(h, &lines, &writer);
     json_writer_fini(&writer);
-    lines_close(&lines);
-    return status;
+    return lines_close(&lines, status);
 }
 
 enum status cmd_tokenize(struct host *h) {

@@ -5,6 +5,7 @@ import pathlib
 import select
 import struct
 import subprocess
+import threading
 import time
 
 import pytest
@@ -358,6 +359,32 @@ def test_input_is_read_from_where_it_stands(tmp_path):
     (tmp_path / "in").write_text('{"text":"a","custom_id":1}\n{"text":"a","custom_id":2}\n')
     done = shell(f"(read -r; $S tokenize -m $M --quiet) < {tmp_path}/in")
     assert [json.loads(line)["custom_id"] for line in done.stdout.splitlines()] == [2]
+
+
+def test_output_that_is_full_for_now_is_waited_for():
+    """Who shares the pipe may have made it not to block."""
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    lines = b'{"text":"a b c d e f g h"}\n' * 20000
+    with subprocess.Popen([str(BINARY), "tokenize", "--quiet", "--model", str(TINY)], stdin=subprocess.PIPE, stdout=writing,
+                          stderr=subprocess.PIPE) as asked:
+        os.close(writing)
+        feed = threading.Thread(target=lambda: (asked.stdin.write(lines), asked.stdin.close()))
+        feed.start()
+        time.sleep(1)
+        with open(reading, "rb") as f:
+            assert f.read().count(b"\n") == 20000
+        feed.join()
+        assert asked.wait(20) == 0, asked.stderr.read()
+
+
+def test_the_longest_line(tmp_path):
+    most = 64 << 20
+    with open(tmp_path / "in", "wb") as f:
+        f.write(b'{"text":"a"}'.ljust(most) + b"\n" + b'{"text":"b"}'.ljust(most + 1) + b"\n" + b'{"text":"a"}\n')
+    done = shell(f"$S tokenize -m $M --quiet --input {tmp_path}/in")
+    first, second, third = map(json.loads, done.stdout.splitlines())
+    assert done.returncode == 1 and first == third and str(most) in second["error"]["message"], done
 
 
 @pytest.mark.parametrize("command, line", [("generate", {"prompt": [1], "max_tokens": 2}), ("score", {"steps": [1, 2]})])
