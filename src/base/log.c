@@ -7,6 +7,8 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "base/json.h"
+
 enum { LINE_BYTES = 2048 };
 
 static enum log_level threshold = LOG_INFO;
@@ -33,17 +35,22 @@ static void write_all(const char *bytes, size_t n) {
     }
 }
 
-/* Appends text as the inside of a JSON string; returns the new length, always < capacity. */
+/* Appends text as the inside of a JSON string; returns the new length, always < capacity. Bytes that are no
+ * UTF-8 (a file's name, a character that was cut) become U+FFFD. */
 static size_t append_json_escaped(char *out, size_t n, size_t capacity, const char *text) {
-    for (const unsigned char *p = (const unsigned char *)text; *p && n + 7 < capacity; p++) {
+    for (const char *p = text, *end = text + strlen(text); p < end && n + 7 < capacity;) {
+        size_t skip;
+        const size_t length = json_utf8_length(p, (size_t)(end - p), &skip);
         if (*p == '"' || *p == '\\') {
             out[n++] = '\\';
-            out[n++] = (char)*p;
-        } else if (*p < 0x20) {
-            n += (size_t)snprintf(out + n, capacity - n, "\\u%04x", *p);
+            out[n++] = *p;
+        } else if (length == 0 || (unsigned char)*p < 0x20) {
+            n += (size_t)snprintf(out + n, capacity - n, "\\u%04x", length ? *p : 0xfffd);
         } else {
-            out[n++] = (char)*p;
+            memcpy(out + n, p, length);
+            n += length;
         }
+        p += length ? length : skip;
     }
     return n;
 }

@@ -122,6 +122,8 @@ enum status comm_window_attach(comm *c, void *base) {
     w->flags = (struct rank_flags *)(w->base + w->layout.flags);
     w->all_reduce_number = w->plan_number = w->gather_number = 1;
     memset(slot_of(w, c->rank, 0), 0, 2 * w->layout.slot_bytes); /* first touch by the owner */
+    /* or a /dev/shm that fills up later ends the job at the first long plan (SIGBUS) */
+    if (c->rank == 0) memset(plan_of(w, 0), 0, w->layout.total - w->layout.plans);
     c->path_state = w;
     c->path = &comm_window_path;
     return STATUS_OK;

@@ -163,6 +163,18 @@ def test_environment_and_config_file(tmp_path):
     assert max(len(r.get("ids", [0])) for r in line["trace"]) == 2
 
 
+@pytest.mark.parametrize("name", [b"\xff\xc3", b"\xed\xa0\x80\xc0\xaf\xf5\x80\x80\x80", "naïve 😀\"\\".encode(),
+                                  *(b"x" * i + "é".encode() * 600 for i in range(2))],
+                         ids=["cut", "forms", "quoted", "long", "long, odd"])
+def test_log_lines_are_json(name):
+    """Whatever a name holds, and wherever the message is cut."""
+    result = launch("inspect", "--log-json", model=os.fsdecode(b"/nonexistent/" + name))
+    assert result.status == 3
+    said = [json.loads(line)["msg"] for line in result.err.decode().splitlines()][-1]
+    shown = name.decode(errors="replace")
+    assert shown[:500] in said or len(name) > 200, said
+
+
 def test_output_must_not_be_the_input(tmp_path):
     path = tmp_path / "x.jsonl"
     path.write_text(json.dumps(GOOD) + "\n")
