@@ -13,7 +13,6 @@
 
 #include <dirent.h>
 #include <poll.h>
-#include <pthread.h>
 #include <signal.h>
 #include <stdatomic.h>
 #include <stdio.h>
@@ -55,12 +54,12 @@ static struct {
     bool speaks;      /* for rank 0 when that is gone; until it has, or was stopped itself */
     double last_look; /* clock */
     _Atomic(const struct watch_stage *) stage;
-    _Atomic double limit;      /* clock; 0: none */
-    int late_scans;            /* of /proc, since all ranks are there */
-    pthread_mutex_t hook_lock; /* held from the call to the end: what the hook uses stays */
+    _Atomic double limit; /* clock; 0: none */
+    int late_scans;       /* of /proc, since all ranks are there */
+    mtx_t hook_lock;      /* held from the call to the end: what the hook uses stays */
     void *hook_user;
     void (*hook)(void *user, int exit_code, const char *text);
-} watch = {.hook_lock = PTHREAD_MUTEX_INITIALIZER};
+} watch;
 
 /* ---- /proc ---- */
 
@@ -125,7 +124,7 @@ static void find_siblings(void) {
 
 static void leave(int exit_code, const char *text) {
     log_failure(text);
-    pthread_mutex_lock(&watch.hook_lock);
+    mtx_lock(&watch.hook_lock);
     if (watch.hook) watch.hook(watch.hook_user, exit_code, text);
     if (watch.is_spread) comm_guard(watch.launcher);
     _exit(exit_code);
@@ -227,9 +226,9 @@ static void notice_stop(void) {
 static void check_launcher(void) {
     watch.orphan_looks = getppid() == watch.launcher ? 0 : watch.orphan_looks + 1;
     if (watch.orphan_looks < GONE_LOOKS) return;
-    pthread_mutex_lock(&watch.hook_lock);
+    mtx_lock(&watch.hook_lock);
     const bool serves = watch.hook != NULL;
-    pthread_mutex_unlock(&watch.hook_lock);
+    mtx_unlock(&watch.hook_lock);
     if (serves) return;
     log_error("the launcher (process %d) is gone: leaving", (int)watch.launcher);
     _exit(STATUS_COMM);
@@ -269,7 +268,8 @@ enum status watch_start(int rank, double seconds) {
     atomic_store(&watch.stage, &starting);
     if (gethostname(watch.host, sizeof watch.host - 1) != 0) strcpy(watch.host, "?");
     watch.stop_fd = eventfd(0, EFD_CLOEXEC);
-    if (watch.stop_fd < 0 || thrd_create(&watch.thread, look, NULL) != thrd_success)
+    if (watch.stop_fd < 0 || mtx_init(&watch.hook_lock, mtx_plain) != thrd_success ||
+        thrd_create(&watch.thread, look, NULL) != thrd_success)
         return fail(STATUS_MEMORY, "the system gives no thread to watch the other ranks");
     watch.running = true;
     return STATUS_OK;
@@ -296,10 +296,11 @@ void watch_joined(comm *c) {
 }
 
 void watch_on_end(void (*hook)(void *user, int exit_code, const char *text), void *user) {
-    pthread_mutex_lock(&watch.hook_lock);
+    if (!watch.running) return;
+    mtx_lock(&watch.hook_lock);
     watch.hook = hook;
     watch.hook_user = user;
-    pthread_mutex_unlock(&watch.hook_lock);
+    mtx_unlock(&watch.hook_lock);
 }
 
 void watch_stop(void) {
