@@ -83,11 +83,11 @@ int main(int argc, char **argv) {
     const char *name = argc > 1 ? argv[1] : "";
     hold_streams();
     if (strcmp(name, "--help") == 0 || strcmp(name, "-h") == 0 || strcmp(name, "help") == 0) {
-        print_usage(stdout);
+        if (host_launched_rank() == 0) print_usage(stdout);
         return 0;
     }
     if (strcmp(name, "--version") == 0) {
-        printf("sfumato %s\n", SFUMATO_VERSION);
+        if (host_launched_rank() == 0) printf("sfumato %s\n", SFUMATO_VERSION);
         return 0;
     }
     for (int i = 0; i < COMMAND_COUNT; i++) {

@@ -15,8 +15,7 @@
 
 /* ---- joining ---- */
 
-/* As the launcher says, before MPI_Init does. */
-static int launched_rank(void) {
+int host_launched_rank(void) {
     const char *rank = getenv("OMPI_COMM_WORLD_RANK");
     if (!rank) rank = getenv("PMIX_RANK");
     return rank ? atoi(rank) : 0;
@@ -63,13 +62,14 @@ static enum status agree_on_start(struct host *h) {
 }
 
 enum status host_join(struct host *h, const struct command *command, int argc, char **argv) {
+    const int launcher = getppid();
     h->command = command->bit;
     h->start = h->phase_start = progress_clock();
-    h->rank = launched_rank();
+    h->rank = host_launched_rank();
     log_set_rank(h->rank);
     if (h->rank == 0) TRY(chat_helper_start(&h->helper));
     const enum status status = params_parse(&h->params, command->bit, argc, argv);
-    TRY(watch_start(h->rank, h->params.collective_timeout));
+    TRY(watch_start(launcher, h->rank, h->params.collective_timeout));
     watch_enter(&joining, h->params.collective_timeout);
     fault_sleep("init-delay");
     TRY(comm_open(&argc, &argv, &h->comm));

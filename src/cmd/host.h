@@ -66,6 +66,8 @@ struct command {
     void (*before)(void); /* on every rank, before MPI; may be NULL */
 };
 
+/* As the launcher says, before MPI_Init does; 0 without one. */
+int host_launched_rank(void);
 enum status host_join(struct host *h, const struct command *command, int argc, char **argv);
 /* Where the model is, and what it is called (model_name); nothing is opened. */
 enum status host_find_model(struct host *h, char *path); /* [PATH_MAX] */

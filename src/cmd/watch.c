@@ -256,14 +256,14 @@ static int look(void *unused) {
 
 /* ---- the main thread ---- */
 
-enum status watch_start(int rank, double seconds) {
+enum status watch_start(int launcher, int rank, double seconds) {
     static const struct watch_stage starting = {"starting", "", STATUS_WATCHDOG};
     const char *all = getenv("OMPI_COMM_WORLD_SIZE"), *here = getenv("OMPI_COMM_WORLD_LOCAL_SIZE");
     if (!all) return STATUS_OK;
     watch.rank = rank;
     watch.is_spread = here && atoi(here) < atoi(all);
     watch.seconds = seconds;
-    watch.launcher = getppid();
+    watch.launcher = launcher;
     atomic_store(&watch.expected, -1);
     atomic_store(&watch.stage, &starting);
     if (gethostname(watch.host, sizeof watch.host - 1) != 0) strcpy(watch.host, "?");

@@ -9,7 +9,7 @@
  *   - how long this rank has been in a stage that has a limit (MPI_Init, the preflight).
  * Then it says who, where and when in one line, lets rank 0 tell its clients, and leaves with the
  * stage's exit code, upon which the launcher ends the other ranks. Never through MPI, which belongs
- * to the main thread.
+ * to the main thread. It leaves as well when the launcher has gone, with code 5.
  *
  * When rank 0 has been killed, the launcher's SIGTERM (blocked where rank 0 serves, hence pending) is
  * the time to say at which step that was: the next rank of its host does, or the first of each other.
@@ -30,8 +30,9 @@ struct watch_stage {
     int exit_code; /* when the limit is over */
 };
 
-/* Before MPI_Init. seconds: --collective-timeout, 0 = never. */
-enum status watch_start(int rank, double seconds);
+/* Before MPI_Init. launcher: the parent as early as can be, which may be gone by now. seconds:
+ * --collective-timeout, 0 = never. */
+enum status watch_start(int launcher, int rank, double seconds);
 /* This rank is in this stage from now on, at most so long; 0: without a limit. */
 void watch_enter(const struct watch_stage *stage, double limit_seconds);
 /* Collective: all ranks are there. */

@@ -11,6 +11,7 @@ def test_help_and_version():
     top = launch("--help", model=None)
     assert top.status == 0 and b"generate" in top.out
     assert launch("--version", model=None).out.startswith(b"sfumato ")
+    assert launch("--help", model=None, ranks=2).out == top.out
     for command in ("generate", "score", "tokenize", "inspect", "bench"):
         result = launch(command, "--help", model=None)
         assert result.status == 0 and b"--model" in result.out and not result.messages

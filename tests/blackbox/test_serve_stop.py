@@ -243,8 +243,8 @@ def test_R11_launcher_killed_before_ready(phase, slow):
         if phase == "load":
             server.wait_line("compute backend")
         while len(ranks) < 2:
+            time.sleep(0.5)
             ranks = server.ranks()
-        time.sleep(0.3)
         server.process.kill()
         assert gone(ranks, 2)
     finally:
