@@ -134,7 +134,7 @@ def test_prompt_too_long():
         (["bench", "step", "--max-model-len", "64"], ["--max-model-len", "step"]),
         (["bench", "sampler", "--dtype", "f32"], ["--dtype", "sampler"]),
         (["bench", "tokenizer", "--isa", "avx2"], ["--isa", "tokenizer"]),
-        (["bench", "load", "--gemm", "own"], ["--gemm", "--backend cuda"]),
+        (["bench", "load", "--comm", "mpi"], ["--comm", "load"]),
         (["bench", "step", "--rank-of", "8/8"], ["--rank-of", "R/N"]),
         (["bench", "step", "--collective-us", "5"], ["--rank-of"]),
         (["selftest", "--backend", "cpu-scalar", "--isa", "avx2"], ["contradicts"]),
