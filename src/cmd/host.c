@@ -300,9 +300,11 @@ enum status host_new_backend(const struct host *h, backend **out) {
 static enum status open_backend(struct host *h) {
 #ifdef SFUMATO_WITH_CUDA
     if (h->params.backend == BACKEND_IS_AUTO) {
-        log_info(cuda_probe() == STATUS_OK
-                     ? "there is a GPU; --backend auto computes on the CPU, --backend cuda on it"
-                     : "no GPU can be used here: computing on the CPU");
+        if (cuda_probe() != STATUS_OK) {
+            log_info("no GPU can be used here: computing on the CPU");
+        } else if (h->rank == 0) {
+            log_warn("there is a GPU; --backend auto computes on the CPU, --backend cuda on it");
+        }
     }
 #endif
     host_plan_backend(h);
