@@ -148,6 +148,7 @@ def test_bench_step_of_one_rank_among_many(tmp_path):
     assert slow["hard_step_ms"]["min"] >= 6 * 2.0 and slow["soft_cost"] > -1
 
 
+@pytest.mark.slow  # two minutes with sanitizers
 def test_selftest_checks_the_verbs_with_all_threads():
     """As many as `generate` computes with: opening a backend leaves its caller one core."""
     threads = re.search(rb", (\d+) threads?,", launch("generate", "--raw", "-p", "x", "--max-tokens", "1").err)[1].decode()

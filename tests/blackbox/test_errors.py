@@ -351,7 +351,7 @@ def shell(text):
     """A pipeline of $S with what a shell can do to its streams."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith("SFUMATO_")}
     environment |= {**MPI, "S": str(BINARY), "M": str(TINY)}
-    return subprocess.run(["bash", "-c", text], capture_output=True, env=environment, timeout=60)
+    return subprocess.run(["bash", "-c", text], capture_output=True, env=environment, timeout=120)
 
 
 @pytest.mark.parametrize("command", ["generate --raw -p x --max-tokens 3", "inspect", "bench tokenizer"])
