@@ -19,6 +19,12 @@ SANITIZED = b"__asan_init" in BINARY.read_bytes() if BINARY.exists() else False
 READY = re.compile(r"serving .* at .*http://[^ ]*:(\d+)")
 
 
+def heed_signals():
+    """A shell cannot trap what was ignored before it began, as under nohup."""
+    for ignored in (signal.SIGHUP, signal.SIGINT):
+        signal.signal(ignored, signal.SIG_DFL)
+
+
 class Server:
     """ranks = 0: without mpirun. wrapper: a command put before everything (launch/sfumato-run)."""
 
@@ -27,7 +33,8 @@ class Server:
         command = [*launcher, "serve", "--model", str(model), "--port", "0", *map(str, args)]
         environment = {**os.environ, **MPI, **(env or {})}
         self.process = subprocess.Popen(
-            command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, env=environment, start_new_session=True
+            command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, env=environment, start_new_session=True,
+            preexec_fn=heed_signals if wrapper else None,
         )
         self.lines, self.port, self.new = [], None, threading.Condition()
         self.reader = threading.Thread(target=self._read, daemon=True)

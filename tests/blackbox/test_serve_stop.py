@@ -10,7 +10,7 @@ import time
 
 import pytest
 from conftest import BINARY, SOURCE, TINY
-from served import Server
+from served import Server, heed_signals
 
 LONG = {"prompt": "Tom has", "max_tokens": 400, "n": 8, "ignore_eos": True, "soft_thinking": {"mode": "off"}}
 MESSAGES = "/v1/completions"
@@ -168,8 +168,8 @@ def fake(tmp_path):
         (tmp_path / "mpirun").chmod(0o755)
         plain = {k: v for k, v in os.environ.items() if not k.startswith("SFUMATO_")}
         environment = {**plain, "SFUMATO": "/bin/echo", "PATH": f"{tmp_path}:{os.environ['PATH']}", **more}
-        return subprocess.Popen([*WRAPPER, *args], stdin=stdin, stdout=subprocess.PIPE,
-                                stderr=subprocess.PIPE, env=environment, text=True)
+        return subprocess.Popen([*WRAPPER, *args], stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                                env=environment, text=True, preexec_fn=heed_signals)
 
     return start
 
@@ -201,9 +201,9 @@ def test_wrapper_refuses_a_program_that_cannot_run(fake):
 @pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_wrapper_signals(fake, sent):
     """The first drains, the second stops, and the status is mpirun's."""
-    job = fake("signal.signal(signal.SIGUSR1, lambda *_: print('drain', flush=True))\n"
+    job = fake("signal.signal(signal.SIGUSR1, lambda *_: os.write(1, b'drain\\n'))\n"
                "signal.signal(signal.SIGTERM, lambda *_: os._exit(5))\n"
-               "print('ready', flush=True)\ntime.sleep(20)", "serve")
+               "os.write(1, b'ready\\n')\ntime.sleep(20)", "serve")
     for said in ("ready", "drain"):
         assert job.stdout.readline().strip() == said
         job.send_signal(sent)
