@@ -203,7 +203,8 @@ static enum status read_rope(const json_t *root, struct model_config *c) {
                     c->rope_original_positions, &c->rope_original_positions);
 }
 
-/* Mistral: sliding_window alone, 4096 when it is missing and none when it is null. Qwen: only with use_sliding_window, and only in the layers from
+/* Mistral: sliding_window alone, 4096 when it is missing and none when it is null.
+ * Qwen: only with use_sliding_window, and only in the layers from
  * max_window_layers on; newer files list layer_types. Llama has none. */
 static enum status read_window(const json_t *root, struct model_config *c) {
     int window, first_layer;

@@ -49,8 +49,7 @@ struct body_facts {
 };
 
 struct body_prompt {
-    const char
-        *text; /* to be tokenised, borrowed from root; NULL: ids were sent, or it is a chat */
+    const char *text; /* to be tokenised, borrowed from root; NULL: sent as ids, or a chat's */
     size_t text_bytes;
     uint32_t *ids; /* NULL: not yet */
     int64_t count;

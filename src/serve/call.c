@@ -8,7 +8,6 @@
  */
 #include <stdlib.h>
 #include <string.h>
-#include <sys/time.h>
 #include <time.h>
 
 #include "base/log.h"
@@ -158,8 +157,7 @@ bool service_abort(service *s, const char *request_id) {
 /* ---- timers ---- */
 
 static void start_timer(call *c, double seconds) {
-    const struct timeval wait = {(time_t)seconds,
-                                 (suseconds_t)(1e6 * (seconds - (double)(time_t)seconds))};
+    const struct timeval wait = service_wait(seconds);
     evtimer_add(c->timer, &wait);
 }
 

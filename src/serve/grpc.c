@@ -150,10 +150,8 @@ static void on_deadline(evutil_socket_t fd, short what, void *user) {
 }
 
 void grpc_start_deadline(struct rpc *r) {
-    const double seconds = r->timeout_seconds;
-    const struct timeval wait = {(time_t)seconds,
-                                 (suseconds_t)(1e6 * (seconds - (double)(time_t)seconds))};
-    if (seconds <= 0) return;
+    const struct timeval wait = service_wait(r->timeout_seconds);
+    if (r->timeout_seconds <= 0) return;
     r->deadline = evtimer_new(r->site->base, on_deadline, r);
     if (r->deadline) evtimer_add(r->deadline, &wait); /* else the client keeps it alone */
 }

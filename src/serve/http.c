@@ -79,13 +79,19 @@ static void sweep(struct http *h) {
     }
 }
 
+static struct connection *find_connection(const struct http *h, int fd) {
+    for (int i = 0; i < h->connection_count; i++) {
+        if (h->connections[i].fd == fd) return &h->connections[i];
+    }
+    return NULL;
+}
+
 /* In the place of one that is gone and had the same descriptor, if the sweep has not come since. */
 static void keep(struct http *h, int fd, ino_t inode) {
-    int i = 0;
-    while (i < h->connection_count && h->connections[i].fd != fd) i++;
-    if (i == h->connection_max + OVER_MAX) return;
-    if (i == h->connection_count) h->connection_count++;
-    h->connections[i] = (struct connection){fd, inode, service_clock()};
+    struct connection *c = find_connection(h, fd);
+    if (!c && h->connection_count == h->connection_max + OVER_MAX) return;
+    if (!c) c = &h->connections[h->connection_count++];
+    *c = (struct connection){fd, inode, service_clock()};
 }
 
 /* libevent gives the socket to a connection after on_accept, and nothing can close it before this
@@ -119,13 +125,9 @@ static struct bufferevent *on_accept(struct event_base *base, void *user) {
 }
 
 /* NULL: closed, and swept already. */
-static struct connection *find_connection(const struct http *h,
-                                          struct evhttp_connection *connection) {
-    const int fd = bufferevent_getfd(evhttp_connection_get_bufferevent(connection));
-    for (int i = 0; i < h->connection_count; i++) {
-        if (h->connections[i].fd == fd) return &h->connections[i];
-    }
-    return NULL;
+static struct connection *connection_of(const struct http *h,
+                                        struct evhttp_connection *connection) {
+    return find_connection(h, bufferevent_getfd(evhttp_connection_get_bufferevent(connection)));
 }
 
 static bool is_over_limit(const struct http *h, const struct connection *c) {
@@ -329,7 +331,7 @@ static void on_complete(struct evhttp_request *request, void *user) {
     struct exchange *x = user;
     bufferevent_set_timeouts(evhttp_connection_get_bufferevent(connection), &idle, &idle);
     limit_input(x->http, evhttp_connection_get_bufferevent(connection));
-    struct connection *c = find_connection(x->http, connection);
+    struct connection *c = connection_of(x->http, connection);
     if (c) c->waits_since = service_clock();
     http_finish(x);
 }
@@ -421,7 +423,7 @@ static void on_request(struct evhttp_request *request, void *user) {
     const enum evhttp_cmd_type method = evhttp_request_get_command(request);
     const struct evhttp_uri *uri = evhttp_request_get_evhttp_uri(request);
     struct exchange *x = exchange_new(h, request);
-    struct connection *c = find_connection(h, evhttp_request_get_connection(request));
+    struct connection *c = connection_of(h, evhttp_request_get_connection(request));
     if (!x) {
         evhttp_send_error(request, 503, NULL);
         return;

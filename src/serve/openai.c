@@ -139,8 +139,7 @@ static void on_ping(evutil_socket_t fd, short what, void *user) {
         http_stream_comment(g->x, "ping");
         g->last_sent = now;
     }
-    const double wait = left <= 0.001 ? interval : left;
-    const struct timeval again = {(time_t)wait, (suseconds_t)(1e6 * (wait - (double)(time_t)wait))};
+    const struct timeval again = service_wait(left <= 0.001 ? interval : left);
     evtimer_add(g->ping, &again);
 }
 
@@ -224,7 +223,6 @@ static const struct call_front front = {on_step, on_finish, on_scored, on_end};
 /* ---- start ---- */
 
 static enum status prepare(struct generation *g) {
-    const double interval = g->x->site->params->sse_ping_interval;
     g->body = call_body(g->call);
     g->stream = call_streams(g->call);
     g->last_sent = service_clock();
@@ -236,8 +234,7 @@ static enum status prepare(struct generation *g) {
     g->ping = evtimer_new(g->x->site->base, on_ping, g);
     if (!g->head || !g->ping || g->w.failed) return fail(STATUS_MEMORY, "no memory for a stream");
     memcpy(g->head, g->w.bytes, g->head_n);
-    const struct timeval wait = {(time_t)interval,
-                                 (suseconds_t)(1e6 * (interval - (double)(time_t)interval))};
+    const struct timeval wait = service_wait(g->x->site->params->sse_ping_interval);
     evtimer_add(g->ping, &wait);
     return STATUS_OK;
 }

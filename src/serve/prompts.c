@@ -211,9 +211,10 @@ enum status prompts_start(prompter *p, struct prompt_order *o, prompt_done *done
                           prompt_job **out) {
     *out = NULL;
     enum { REJECTED_QUEUE };
-    if (p->count == p->max) metric_add(p->metrics, METRIC_rejections, REJECTED_QUEUE, 1);
-    if (p->count == p->max)
+    if (p->count == p->max) {
+        metric_add(p->metrics, METRIC_rejections, REJECTED_QUEUE, 1);
         return fail(STATUS_BUSY, "%d prompts wait to be made: try again later", p->max);
+    }
     if (!p->started && thrd_create(&p->thread, work, p) != thrd_success)
         return fail(STATUS_MEMORY, "the system gives no thread for prompts");
     p->started = true;

@@ -13,6 +13,11 @@ double service_clock(void) {
     return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
 }
 
+struct timeval service_wait(double seconds) {
+    const time_t whole = (time_t)seconds;
+    return (struct timeval){whole, (suseconds_t)(1e6 * (seconds - (double)whole))};
+}
+
 const char *service_state_name(enum service_state s) {
     static const char *const names[] = {"loading", "ok", "draining", "dead"};
     return names[s];
@@ -101,8 +106,7 @@ void service_set_state(service *s, enum service_state state) {
 
 void service_drain(service *s) {
     if (s->state != SERVICE_READY) return;
-    const double seconds = s->params->shutdown_timeout;
-    const struct timeval wait = {(time_t)seconds, (suseconds_t)(1e6 * (seconds - (int)seconds))};
+    const struct timeval wait = service_wait(s->params->shutdown_timeout);
     log_info("draining: %d requests are running", s->call_count);
     service_set_state(s, SERVICE_DRAINING);
     evtimer_add(s->drain_timer, &wait);

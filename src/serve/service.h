@@ -32,6 +32,7 @@
 #include <event2/event.h>
 #include <stdbool.h>
 #include <stdint.h>
+#include <sys/time.h>
 
 #include "base/params.h"
 #include "serve/body.h"
@@ -49,6 +50,8 @@ enum service_state { SERVICE_LOADING, SERVICE_READY, SERVICE_DRAINING, SERVICE_D
 const char *service_state_name(enum service_state s); /* "loading", "ok", "draining", "dead" */
 
 double service_clock(void); /* seconds, monotonic */
+/* As libevent takes a time to wait. */
+struct timeval service_wait(double seconds);
 
 /* ---- life ---- */
 
